@@ -1,0 +1,96 @@
+"""What the benchmarks share: the result format, the machine's description, and peak memory of a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """Describes this machine without naming it."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def case(
+    name: str, ours_s: Sequence[float], baseline: str, baseline_s: Sequence[float], nbytes: int, **extra: Any
+) -> dict[str, Any]:
+    """One entry of `cases`: medians and spread of paired runs; `ratio` is baseline_s / ours_s."""
+    ours, base = statistics.median(ours_s), statistics.median(baseline_s)
+    return {
+        "name": name,
+        "ours_s": ours,
+        "ours_spread_s": [min(ours_s), max(ours_s)],
+        "baseline": baseline,
+        "baseline_s": base,
+        "baseline_spread_s": [min(baseline_s), max(baseline_s)],
+        "ratio": base / ours,
+        "rounds": len(ours_s),
+        "bytes": nbytes,
+        "gb_per_s": nbytes / ours / 1e9,
+        **extra,
+    }
+
+
+def write(path: Path | None, cases: list[dict[str, Any]]) -> None:
+    """Prints the cases as a table, and writes them in the format of the project to `path`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("case", "ours s", "baseline s", "ratio", "GB/s", "peak extra MB", "baseline")
+    for entry in cases:
+        peak = entry.get("peak_extra_mb")
+        table.add_row(
+            entry["name"],
+            f"{entry['ours_s']:.4f}",
+            f"{entry['baseline_s']:.4f}",
+            f"{entry['ratio']:.2f}",
+            f"{entry['gb_per_s']:.2f}",
+            "" if peak is None else f"{peak:.0f}",
+            entry["baseline"],
+        )
+    Console(width=140).print(table)
+    if path is not None:
+        result = {"machine": machine(), "command": shlex.join(["python", *sys.orig_argv[1:]]), "cases": cases}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def reset_peak_memory() -> int:
+    """Starts a new measurement of this process's peak resident memory; returns the resident bytes now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def peak_memory() -> int:
+    """Peak resident bytes since `reset_peak_memory` (Linux)."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"/proc/self/status has no {field}")

@@ -1,0 +1,161 @@
+"""One YAML schema for both recipes; reading it, `--help` and every complaint come before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from twinkle_callbacks.config import SyncSettings
+from twinkle_callbacks.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The policy: its folder, and how to make it when there is none."""
+
+    path: Path = Path("runs/policy")
+    hidden_size: int = Field(128, ge=128, multiple_of=64)
+    layers: int = Field(3, ge=1)
+    warmup_accuracy: float = Field(0.35, gt=0, lt=1)
+    warmup_lr: float = Field(2e-3, gt=0)
+    warmup_max_steps: int = Field(1500, ge=1)
+
+
+class DataConfig(_Section):
+    """The generated prompts: two operands from 0 to `max_operand`."""
+
+    max_operand: int = Field(19, ge=1, le=49)
+    prompts_per_step: int = Field(64, ge=1)
+
+
+class RewardConfig(_Section):
+    """What a completion is worth, from 0 to 1."""
+
+    name: Literal["exact_match"] = "exact_match"
+
+
+class RolloutConfig(_Section):
+    """How the servers of `sync.rollouts` are sampled. The temperature is 1, as on-policy logprobs require."""
+
+    samples_per_prompt: int = Field(8, ge=2)
+    max_tokens: int = Field(3, ge=1)
+    timeout_s: float = Field(60.0, gt=0)
+
+
+class OptimizerConfig(_Section):
+    """AdamW without weight decay."""
+
+    lr: float = Field(3e-4, gt=0)
+    lr_warmup_steps: int = Field(0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+
+
+class TrainerConfig(_Section):
+    """Where the Lightning recipe runs; for the Accelerate recipe, `accelerate launch` decides."""
+
+    accelerator: str = "auto"
+    devices: int = Field(1, ge=1)
+
+
+class RecipeConfig(_Section):
+    """A whole run. `sync` takes exactly the settings of the callbacks."""
+
+    seed: int = 0
+    steps: int = Field(80, ge=1)
+    output_dir: Path = Path("runs/grpo")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    reward: RewardConfig = RewardConfig()
+    rollouts: RolloutConfig = RolloutConfig()
+    sync: SyncSettings = SyncSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> RecipeConfig:
+        """Validates nested plain values.
+
+        Raises:
+            ConfigError: names each key that is unknown or wrong, with its value.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explanations(error))) from None
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RecipeConfig:
+        """Reads a YAML file, then applies overrides such as `steps=10` or `optimizer.lr=1e-4`."""
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of sections")
+        for override in overrides:
+            _apply(values, override)
+        return cls.parse(values)
+
+    def changed(self, **values: Any) -> RecipeConfig:
+        """This configuration with some top-level values replaced, validated again."""
+        return self.parse({**self.model_dump(), **values})
+
+    def without_sync(self) -> RecipeConfig:
+        """The control: the push at the start of training, which makes rollout and trainer equal, and none after it."""
+        return self.changed(sync={**self.sync.model_dump(), "every_n_steps": self.steps + 1})
+
+    @property
+    def rollout_urls(self) -> list[str]:
+        return [str(url) for url in self.sync.rollouts]
+
+
+def from_command_line(description: str, argv: Sequence[str] | None = None) -> RecipeConfig:
+    """Parses `--config FILE [--no-sync] [key=value ...]`; exits with a message for people if they are wrong."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/grpo_arithmetic.yaml")
+    parser.add_argument("--no-sync", action="store_true", help="control run: no weight sync after the one at the start")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=10 or optimizer.lr=1e-4")
+    arguments = parser.parse_args(argv)
+    try:
+        config = RecipeConfig.load(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        parser.error(str(error))
+    return config.without_sync() if arguments.no_sync else config
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as steps=10")
+    *sections, key = name.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    target[key] = yaml.safe_load(text)
+
+
+def _explanations(error: ValidationError) -> Iterator[str]:
+    for item in error.errors(include_url=False):
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            yield f"unknown key {name!r}; known here are {', '.join(_fields(item['loc'][:-1]))}"
+        else:
+            shown = "" if item["loc"][-1:] == ("token",) else f"={item['input']!r}"
+            yield f"{name}{shown}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _fields(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = RecipeConfig
+    for part in location:
+        section = section.model_fields[str(part)].annotation
+    return list(section.model_fields)

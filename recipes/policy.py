@@ -1,0 +1,116 @@
+"""The policy: a char-level Qwen3 of half a million parameters, made on the spot and warmed up for some seconds.
+
+The warm-up leaves it right about four times in ten, so that a group of samples holds both right and wrong ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from recipes import arithmetic
+from recipes.arithmetic import Problem
+from recipes.config import ModelConfig
+from recipes.grpo import token_logprobs
+
+_IGNORED = -100
+_CHECK_EVERY_STEPS = 5
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What the supervised phase did: optimizer steps, the sampled accuracy it reached, and wall seconds."""
+
+    steps: int
+    accuracy: float
+    seconds: float
+
+
+def build_policy(seed: int, config: ModelConfig) -> Qwen3ForCausalLM:
+    """A fresh policy in float32 on the CPU, the same for the same seed."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(arithmetic.VOCABULARY),
+            hidden_size=config.hidden_size,
+            intermediate_size=2 * config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.hidden_size // 32,
+            num_key_value_heads=config.hidden_size // 64,
+            head_dim=32,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            pad_token_id=arithmetic.PAD_ID,
+            eos_token_id=arithmetic.EOS_ID,
+            bos_token_id=None,
+        )
+    )
+
+
+def warm_up(
+    model: Qwen3ForCausalLM,
+    seed: int,
+    config: ModelConfig,
+    max_operand: int,
+    progress: Callable[[int, float], None] | None = None,
+) -> WarmUp:
+    """Trains on right answers until sampling would be right with probability `config.warmup_accuracy`.
+
+    Raises:
+        RuntimeError: that accuracy was not reached within `config.warmup_max_steps`.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup_lr, weight_decay=0.0)
+    started, accuracy = time.perf_counter(), 0.0
+    every_problem = arithmetic.all_problems(max_operand)
+    for step in range(1, config.warmup_max_steps + 1):
+        problems = arithmetic.draw_problems(64, max_operand=max_operand, seed=seed, step=-step)
+        tokens = _with_answers(problems)
+        labels = tokens.clone()
+        labels[:, : arithmetic.PROMPT_TOKENS] = _IGNORED
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % _CHECK_EVERY_STEPS == 0:
+            accuracy = sampled_accuracy(model, every_problem)
+            if progress is not None:
+                progress(step, accuracy)
+            if accuracy >= config.warmup_accuracy:
+                return WarmUp(step, accuracy, time.perf_counter() - started)
+    raise RuntimeError(
+        f"the warm-up reached an accuracy of {accuracy:.2f} in {config.warmup_max_steps} steps, not "
+        f"{config.warmup_accuracy}; raise model.warmup_max_steps or model.warmup_lr"
+    )
+
+
+@torch.no_grad()
+def sampled_accuracy(model: Qwen3ForCausalLM, problems: list[Problem]) -> float:
+    """Probability, averaged over the problems, that a sample at temperature 1 is exactly the answer; computed, not sampled."""
+    answers = token_logprobs(model, _with_answers(problems))[:, arithmetic.PROMPT_TOKENS - 1 :]
+    return float(answers.sum(dim=1).exp().mean())
+
+
+def save_policy(model: Qwen3ForCausalLM, folder: Path) -> None:
+    """Writes a checkpoint folder that `from_pretrained` and a stock vLLM server load, tokenizer included."""
+    model.save_pretrained(folder)
+    arithmetic.tokenizer().save_pretrained(folder)
+
+
+def load_policy(folder: Path) -> Qwen3ForCausalLM:
+    """The policy of a folder, in float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint; says how to make one.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"no policy in {folder}; make it with: python -m recipes.policy --config FILE")
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+def _with_answers(problems: list[Problem]) -> torch.Tensor:
+    rows = [[*arithmetic.encode(p.prompt + p.answer), arithmetic.EOS_ID] for p in problems]
+    return torch.tensor(rows)

@@ -1,0 +1,95 @@
+"""Sampling from vLLM servers over HTTP: one request a server and step, token ids in and out, with logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+
+class SamplingError(RuntimeError):
+    """A rollout did not answer in time, answered with an error, or left out what was asked for."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample.
+
+    Attributes:
+        prompt_ids: token ids of the prompt.
+        token_ids: sampled token ids, the end token included if it was sampled.
+        logprobs: natural logarithm of each sampled token's probability at temperature 1.
+        text: the completion without special tokens.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+
+
+class Sampler:
+    """Draws completions from one or several servers with the same weights; prompts are split between them.
+
+    Every request ends within `timeout_s` or raises `SamplingError`.
+    """
+
+    def __init__(self, urls: Sequence[str], *, max_tokens: int, temperature: float = 1.0, timeout_s: float = 60.0) -> None:
+        self._parameters = {"max_tokens": max_tokens, "temperature": temperature, "logprobs": 0, "return_token_ids": True}
+        self._timeout_s = timeout_s
+        self._clients = [httpx.Client(base_url=url, timeout=timeout_s) for url in urls]
+        self._threads = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="sampler")
+
+    def sample(self, prompts: Sequence[list[int]], per_prompt: int) -> list[Completion]:
+        """Returns `per_prompt` completions for each prompt, side by side, in the order of the prompts."""
+        share = -(-len(prompts) // len(self._clients))
+        shares = [list(prompts[i * share : (i + 1) * share]) for i in range(len(self._clients))]
+        jobs = [
+            self._threads.submit(self._complete, client, part, per_prompt)
+            for client, part in zip(self._clients, shares, strict=True)
+            if part
+        ]
+        return [completion for job in jobs for completion in job.result()]
+
+    def weight_versions(self) -> list[str]:
+        """The weight version that each server says it serves."""
+        return [str(self._call(client, "GET", "/weight_info")["weight_version"]) for client in self._clients]
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for client in self._clients:
+            client.close()
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _complete(self, client: httpx.Client, prompts: list[list[int]], per_prompt: int) -> list[Completion]:
+        answer = self._call(client, "POST", "/v1/completions", {"prompt": prompts, "n": per_prompt, **self._parameters})
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(prompts) * per_prompt:
+            raise SamplingError(f"{client.base_url} sent {len(choices)} completions for {len(prompts)} x {per_prompt}")
+        return [_completion(prompts[i // per_prompt], choice) for i, choice in enumerate(choices)]
+
+    def _call(self, client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            response = client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise SamplingError(f"{method} {client.base_url}{path} within {self._timeout_s} s: {reason}") from error
+        if response.is_error:
+            raise SamplingError(f"{method} {client.base_url}{path} answered {response.status_code}: {response.text[:500]}")
+        return response.json()
+
+
+def _completion(prompt_ids: list[int], choice: dict[str, Any]) -> Completion:
+    token_ids, logprobs = choice["token_ids"], (choice["logprobs"] or {}).get("token_logprobs", [])
+    if not token_ids or len(token_ids) != len(logprobs):
+        raise SamplingError(f"a completion came with {len(logprobs)} logprobs for the tokens {token_ids}")
+    return Completion(prompt_ids, list(token_ids), list(logprobs), choice["text"])

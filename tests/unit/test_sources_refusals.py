@@ -1,0 +1,144 @@
+"""What cannot be streamed is refused when the source is opened, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+
+from tests.tiny_models import build
+from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources import open_source
+
+
+class LitModule(nn.Module):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+@pytest.fixture
+def gloo_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_something_that_is_no_module() -> None:
+    with pytest.raises(SourceError, match=r"got str '/models/policy'; for a checkpoint folder use CheckpointSource"):
+        open_source("/models/policy")
+
+
+def test_module_without_parameters() -> None:
+    with pytest.raises(SourceError, match=r"ReLU has no parameters; pass the module that is trained, or set module="):
+        open_source(nn.ReLU())
+
+
+def test_module_with_buffers_only() -> None:
+    module = nn.Module()
+    module.register_buffer("table", torch.zeros(2))
+    with pytest.raises(SourceError, match="has no parameters"):
+        open_source(module)
+
+
+def test_parameters_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = build("qwen3")
+    with pytest.raises(SourceError, match=r"'model.embed_tokens.weight' is on the meta device and has no values"):
+        open_source(model)
+
+
+def test_lazy_parameters_that_no_forward_pass_shaped_yet() -> None:
+    with pytest.raises(SourceError, match=r"'1.weight' is not initialized yet; run one forward pass"):
+        open_source(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
+
+
+@pytest.mark.parametrize(
+    ("children", "choices"),
+    [
+        (["net"], r"set module='net' \(Qwen3ForCausalLM\)$"),
+        (["policy", "reference"], r"set module='policy' \(Qwen3ForCausalLM\) or module='reference' "),
+    ],
+)
+def test_holder_of_the_policy_names_the_path_to_set(children: list[str], choices: str) -> None:
+    with pytest.raises(SourceError, match=f"LitModule is not the policy itself but holds it.*{choices}"):
+        open_source(LitModule(**{name: build("qwen3") for name in children}))
+
+
+def test_holder_of_the_policy_deeper_inside_wrappers_names_the_canonical_path() -> None:
+    holder = LitModule(actor=LitModule(_orig_mod=build("qwen3")))
+    with pytest.raises(SourceError, match="set module='actor'"):
+        open_source(holder)
+
+
+def test_model_with_parameters_of_its_own_around_a_transformers_model_is_its_own_policy() -> None:
+    names = [spec.name for spec in open_source(LitModule(backbone=build("gpt2"), head=nn.Linear(2, 2))).specs()]
+    assert names[0].startswith("backbone.transformer.")
+    assert names[-1] == "head.bias"
+
+
+class TestAdapters:
+    ADVICE = (
+        r"LoRA merging is not available in this version; merge it yourself with merge_and_unload\(\), or train full"
+    )
+
+    def lora(self) -> peft.LoraConfig:
+        return peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def test_peft_model(self) -> None:
+        model = peft.get_peft_model(build("qwen3"), self.lora())
+        with pytest.raises(SourceError, match=f"the module is a PEFT PeftModelForCausalLM: {self.ADVICE}"):
+            open_source(model)
+
+    def test_peft_model_inside_a_holder(self) -> None:
+        model = peft.get_peft_model(build("qwen3"), self.lora())
+        with pytest.raises(SourceError, match=r"net is a PEFT PeftModelForCausalLM"):
+            open_source(LitModule(net=model))
+
+    def test_adapter_layers_injected_without_a_peft_model(self) -> None:
+        model = peft.inject_adapter_in_model(self.lora(), build("qwen3"))
+        with pytest.raises(SourceError, match=rf"model.layers.0.self_attn.q_proj is a PEFT Linear: {self.ADVICE}"):
+            open_source(model)
+
+    def test_merged_model_is_streamed(self) -> None:
+        merged = peft.get_peft_model(build("qwen3"), self.lora()).merge_and_unload()
+        assert [s.name for s in open_source(merged).specs()] == [s.name for s in open_source(build("qwen3")).specs()]
+
+    def test_policy_beside_an_adapter_is_streamed(self) -> None:
+        other = peft.get_peft_model(build("qwen3"), self.lora())
+        assert open_source(LitModule(policy=build("qwen3"), reference=other), module="policy").specs()
+
+
+class TestSharding:
+    WORKS = r"what works in this version: plain modules, DDP, FSDP2 \(fully_shard\) and DeepSpeed ZeRO-1/2"
+
+    @pytest.mark.usefixtures("gloo_of_one")
+    @pytest.mark.filterwarnings(
+        "ignore::FutureWarning", "ignore::UserWarning"
+    )  # FSDP1 is deprecated, and warns of a world of 1
+    @pytest.mark.parametrize("use_orig_params", [True, False])
+    def test_fsdp1(self, use_orig_params: bool) -> None:
+        holder = LitModule(net=build("qwen3"))
+        sharded = FullyShardedDataParallel(holder, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+        for module in ("", "net"):
+            with pytest.raises(SourceError, match=rf"sharded by FSDP1 \(FullyShardedDataParallel\); {self.WORKS}"):
+                open_source(sharded, module=module)
+
+    def test_flat_parameter_without_its_wrapper(self) -> None:
+        module = nn.Module()
+        module.flat = nn.Parameter(torch.zeros(4))
+        module.flat.__class__ = FlatParameter
+        with pytest.raises(SourceError, match=f"'flat' is a FlatParameter of FSDP1; {self.WORKS}"):
+            open_source(module)
+
+    def test_zero3(self) -> None:
+        model = build("qwen3")
+        model.lm_head.weight.ds_id = 3
+        with pytest.raises(SourceError, match=rf"'lm_head.weight' is sharded by DeepSpeed ZeRO-3.*; {self.WORKS}"):
+            open_source(model)

@@ -1,0 +1,111 @@
+"""The shared secret of trainers and rollouts: where it is kept, and the MACs made with it.
+
+The token never travels. Each side proves that it has it by an HMAC-SHA256 over fresh nonces of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+import time
+from pathlib import Path
+
+from twinkle_callbacks.errors import AuthenticationError
+
+TOKEN_ENV = "TWINKLE_TOKEN"
+MIN_TOKEN_CHARS = 16
+NONCE_BYTES = 32
+SIGNATURE_HEADER = "x-twinkle-signature"
+MAX_CLOCK_SKEW_S = 300.0
+
+
+def token_path() -> Path:
+    """The user's token file, `$XDG_CONFIG_HOME/twinkle_callbacks/token`."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "twinkle_callbacks" / "token"
+
+
+def load_token(explicit: str | None = None) -> str:
+    """Returns the token: the one given, else `$TWINKLE_TOKEN`, else the user's token file, which is made if missing.
+
+    Raises:
+        AuthenticationError: the token is shorter than 16 characters, or its file is readable by other users.
+    """
+    token = explicit or os.environ.get(TOKEN_ENV)
+    if token is None:
+        path = token_path()
+        if not path.exists():
+            _create(path)
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise AuthenticationError(f"token file {path} has mode {mode:o}, others can read it; run: chmod 600 {path}")
+        token = path.read_text().strip()
+    if len(token) < MIN_TOKEN_CHARS:
+        raise AuthenticationError(
+            f"the token has {len(token)} characters, at least {MIN_TOKEN_CHARS} are needed; "
+            f"make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        )
+    return token
+
+
+def _create(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f"token.{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
+    try:
+        os.link(temporary, path)  # atomic, and never over a token that another process made meanwhile
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
+
+
+def nonce() -> bytes:
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def mac(token: str, purpose: str, *parts: bytes | str | int) -> bytes:
+    """HMAC-SHA256 over length-prefixed parts; `purpose` keeps one use from standing in for another."""
+    digest = hmac.new(token.encode(), digestmod=hashlib.sha256)
+    for part in (purpose, *parts):
+        data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.digest()
+
+
+def verify(expected: bytes, given: bytes) -> bool:
+    """Compares two MACs in constant time."""
+    return hmac.compare_digest(expected, given)
+
+
+def sign_request(token: str, method: str, target: str, body: bytes) -> str:
+    """Value of the signature header for an HTTP request; `target` is path and query."""
+    stamp, fresh = f"{time.time():.3f}", secrets.token_hex(16)
+    return f"{stamp}:{fresh}:{_request_mac(token, method, target, body, stamp, fresh).hex()}"
+
+
+def check_request(token: str, header: str, method: str, target: str, body: bytes) -> str:
+    """Checks a signature header and returns its nonce, which the caller must not accept twice.
+
+    Raises:
+        AuthenticationError: malformed, older than the allowed clock skew, or made with another token.
+    """
+    try:
+        stamp, fresh, signature = header.split(":")
+        age_s, given = abs(time.time() - float(stamp)), bytes.fromhex(signature)
+    except ValueError:
+        raise AuthenticationError(f"malformed {SIGNATURE_HEADER} header") from None
+    if not verify(_request_mac(token, method, target, body, stamp, fresh), given):
+        raise AuthenticationError("the request is signed with another token than the server's")
+    if not age_s <= MAX_CLOCK_SKEW_S:
+        raise AuthenticationError(f"the request was signed {age_s:.0f} s away from the server's clock; synchronize the clocks")
+    return fresh
+
+
+def _request_mac(token: str, method: str, target: str, body: bytes, stamp: str, fresh: str) -> bytes:
+    return mac(token, "http", method.upper(), target, hashlib.sha256(body).digest(), stamp, fresh)

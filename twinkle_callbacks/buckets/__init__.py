@@ -1,0 +1,1 @@
+"""Pure layout of the bucket stream, its frames, packing into buffers, and digests."""

@@ -1,0 +1,68 @@
+"""Digests of tensors: XXH3-64 over each tensor's bytes, positional, and one over the whole stream.
+
+They detect corruption (a reused buffer, a wrong offset, a lost chunk), not an attacker. Method: xxhash.com, XXH3.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+
+import xxhash
+
+
+class StreamDigest:
+    """Collects the digest of every tensor of a stream, chunk by chunk, in stream order.
+
+    Both ends build one from the bytes they hold; equal streams give equal `values` and `hexdigest()`.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.values: list[int] = []
+        self._open: xxhash.xxh3_64 | None = None
+
+    def add_tensors(self, names: Iterable[str], data: Iterable[memoryview]) -> None:
+        """Adds tensors whose bytes are all at hand."""
+        self.names.extend(names)
+        self.values.extend(map(xxhash.xxh3_64_intdigest, data))
+
+    def add_chunk(self, name: str, data: memoryview, *, first: bool, last: bool) -> None:
+        """Adds the next chunk of a tensor that travels in several."""
+        if first:
+            self._open = xxhash.xxh3_64()
+        assert self._open is not None
+        self._open.update(data)
+        if last:
+            self.names.append(name)
+            self.values.append(self._open.intdigest())
+            self._open = None
+
+    def pack(self) -> bytes:
+        return struct.pack(f"<{len(self.values)}Q", *self.values)
+
+    def hexdigest(self) -> str:
+        """Digest of the stream: over names and tensor digests, in order; 32 hexadecimal digits."""
+        total = xxhash.xxh3_128()
+        total.update("\0".join(self.names).encode())
+        total.update(self.pack())
+        return total.hexdigest()
+
+    def differing(self, packed: bytes) -> list[str]:
+        """Names of the tensors whose digest is not the one in `packed` (from the other end's `pack()`)."""
+        theirs = unpack(packed)
+        if len(theirs) != len(self.values):
+            return [f"{len(self.values)} tensors here, {len(theirs)} there"]
+        return [name for name, ours, other in zip(self.names, self.values, theirs, strict=True) if ours != other]
+
+
+def unpack(packed: bytes) -> list[int]:
+    """The tensor digests that `StreamDigest.pack` made, in stream order."""
+    return list(struct.unpack(f"<{len(packed) // 8}Q", packed))
+
+
+def first_few(names: Iterable[str], limit: int = 5) -> str:
+    """`a, b, c and 12 more`, for messages."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

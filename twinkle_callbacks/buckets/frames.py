@@ -1,0 +1,132 @@
+"""The frames of the wire: what both ends read and write, without torch.
+
+    frame = control block (64 bytes) + header (msgpack, `header_bytes`) + payload (`payload_bytes`)
+
+A BUCKET frame describes the tensors in its payload; a layout that was sent before travels as its hash alone. An END
+frame carries the digests; an ERROR frame the sender's error. Lengths come first, so nothing is ever sent that is not used.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Any, TypeVar
+
+import msgspec
+import xxhash
+
+from twinkle_callbacks.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+CONTROL_BYTES = 64
+_MAGIC = b"TWKL"
+_CONTROL = struct.Struct("<4sBB2xIQQ16s20x")
+T = TypeVar("T")
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    BUCKET = 1
+    END = 2
+    ERROR = 3
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor, or one chunk of a tensor, in a bucket's payload.
+
+    `offset` counts bytes in the payload, `start` bytes in the tensor; the chunk is the whole tensor when it starts at 0
+    and `nbytes` is the tensor's size.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    start: int
+    nbytes: int
+
+
+class End(msgspec.Struct, frozen=True):
+    """Header of the END frame.
+
+    `digests` holds the 64-bit digest of each tensor in stream order, little-endian; empty when the sender computes none.
+    """
+
+    tensors: int
+    payload_bytes: int
+    digests: bytes
+    digest: str
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An error as it travels: the name of its type and its text."""
+
+    type: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        return cls(type(error).__name__, str(error) or repr(error))
+
+
+class Control(msgspec.Struct, frozen=True):
+    """The fixed-size block before each frame. `header_bytes` is 0 when the receiver knows `layout` already."""
+
+    kind: Kind
+    sequence: int
+    header_bytes: int
+    payload_bytes: int
+    layout: bytes = b"\0" * 16
+
+    def pack(self) -> bytes:
+        return _CONTROL.pack(
+            _MAGIC,
+            PROTOCOL_VERSION,
+            self.kind,
+            self.sequence & 0xFFFFFFFF,
+            self.header_bytes,
+            self.payload_bytes,
+            self.layout,
+        )
+
+    @classmethod
+    def unpack(cls, block: bytes, expected_sequence: int) -> Control:
+        """Parses a control block.
+
+        Raises:
+            ProtocolError: not a frame of this protocol and version, or not the frame that comes next.
+        """
+        magic, version, kind, sequence, header_bytes, payload_bytes, layout = _CONTROL.unpack(block)
+        if magic != _MAGIC:
+            raise ProtocolError(f"received {magic!r} where a frame must begin; the sender is not twinkle_callbacks")
+        if version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the sender speaks wire protocol {version}, this side {PROTOCOL_VERSION}; "
+                f"install the same version of twinkle_callbacks on both"
+            )
+        if sequence != expected_sequence & 0xFFFFFFFF:
+            raise ProtocolError(f"received frame {sequence} where frame {expected_sequence} comes next")
+        return cls(Kind(kind), sequence, header_bytes, payload_bytes, layout)
+
+
+def encode(header: Any) -> bytes:
+    """Encodes a header, or a list of `Entry`, as msgpack."""
+    return msgspec.msgpack.encode(header)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Decodes a header.
+
+    Raises:
+        ProtocolError: the bytes are not a header of this kind.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed {kind} header of {len(data)} bytes: {error}") from None
+
+
+def layout_hash(header: bytes) -> bytes:
+    """16 bytes that stand for a layout both ends have seen."""
+    return xxhash.xxh3_128_digest(header)

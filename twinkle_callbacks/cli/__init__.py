@@ -1,0 +1,1 @@
+"""The command `twinkle-callbacks`: one file for each sub-command, `main.py` picks it."""

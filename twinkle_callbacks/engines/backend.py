@@ -1,0 +1,52 @@
+"""The small part of the collective engine that differs between Gloo, NCCL and HCCL."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Blocks until this rank's buffer may be used again.
+
+        Raises:
+            DeadlineError: it took longer than the group's timeout.
+            EngineError: a peer is gone or the transport failed.
+        """
+
+
+class CollectiveBackend(ABC):
+    """A private group of ranks in which rank 0 broadcasts flat uint8 buffers.
+
+    All methods run on one thread, the engine's own. `connect` comes first, `close` last and in any state.
+
+    Attributes:
+        direct_bytes: contiguous tensors of at least this size are broadcast from where they are instead of being packed
+            into a bucket first; None where packing is free next to the wire.
+    """
+
+    direct_bytes: ClassVar[int | None] = None
+
+    @abstractmethod
+    def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
+        """Makes the group and its links. `host` is this rank's address towards the others."""
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Returns a flat uint8 buffer that `broadcast` takes, on the backend's device."""
+
+    @abstractmethod
+    def broadcast(self, buffer: torch.Tensor) -> Pending:
+        """Starts sending `buffer` from rank 0 into the same slice on every other rank; `buffer` stays in use."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the group on this rank; peers see the connection close. May be called from another thread."""

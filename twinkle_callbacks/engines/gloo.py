@@ -1,0 +1,75 @@
+"""Gloo: TCP between any hosts, CPU tensors; the engine that runs everywhere."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
+from twinkle_callbacks.engines.collective import CollectiveCheckpointEngine
+from twinkle_callbacks.errors import DeadlineError, EngineError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+class _GlooWork:
+    def __init__(self, work: Any, timeout_s: float) -> None:
+        self._work = work
+        self._timeout_s = timeout_s
+
+    def wait(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            # Gloo has no error types; its texts are in gloo/transport/tcp: "Timed out waiting ...", "Connection closed ..."
+            if "timed out" in str(error).lower():
+                raise DeadlineError(
+                    f"a broadcast took longer than {self._timeout_s:g} s: a peer is stuck or slow; "
+                    f"raise timeout_s if it is only slow"
+                ) from error
+            raise EngineError(f"the connection to a peer broke in a broadcast: {error}") from error
+
+
+class GlooBackend(CollectiveBackend):
+    """A `ProcessGroupGloo` of its own, independent of the default group of torch.distributed."""
+
+    # On a CPU the copy into a bucket costs a quarter of the wire's time, a frame of its own some 0.2 ms.
+    direct_bytes: ClassVar[int | None] = 1 << 20
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._timeout_s = 0.0
+
+    def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
+        from torch.distributed import ProcessGroupGloo
+
+        options = ProcessGroupGloo._Options()
+        options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = timedelta(seconds=timeout_s)
+        self._timeout_s = timeout_s
+        try:
+            self._group = ProcessGroupGloo(store, rank, world_size, options)
+        except RuntimeError as error:
+            raise EngineError(f"Gloo could not connect rank {rank} of {world_size} from {host}: {error}") from error
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def broadcast(self, buffer: torch.Tensor) -> Pending:
+        try:
+            return _GlooWork(self._group.broadcast(buffer, 0), self._timeout_s)
+        except RuntimeError as error:
+            raise EngineError(f"Gloo refused a broadcast of {buffer.numel()} bytes: {error}") from error
+
+    def close(self) -> None:
+        self._group = None
+
+
+class GlooCheckpointEngine(CollectiveCheckpointEngine):
+    """Sends over TCP with Gloo. Needs nothing but torch; tensors on other devices are copied to the CPU first."""
+
+    name: ClassVar[str] = "gloo"
+    backend_cls: ClassVar[type[CollectiveBackend]] = GlooBackend

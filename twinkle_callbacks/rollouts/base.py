@@ -1,0 +1,66 @@
+"""The seam between the synchronizer and one vLLM engine: vLLM's own control calls, one each phase of a push."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+
+class Rollout(ABC):
+    """One vLLM engine with all its workers, reached over HTTP or in process.
+
+    Trainer rank 0 calls every method, each from one thread at a time; different rollouts from different threads. A push is
+    `start`, `update` (the workers receive meanwhile), `pause`, `finish`, `set_version`, `reset_cache`, `resume`. Every
+    method ends within the rollout's timeout and raises `RolloutError` when vLLM refuses.
+
+    Attributes:
+        name: what people call it: its URL, or `local`.
+        host: the host its workers run on, as the trainer reaches it.
+    """
+
+    name: str
+    host: str
+
+    @abstractmethod
+    def world_size(self) -> int:
+        """Number of its workers: tensor x pipeline x data parallel. Also the first call, so it checks reachability."""
+
+    @abstractmethod
+    def join(self, request: dict[str, Any]) -> None:
+        """Hands each worker an invitation to the engine's group; they join in the background."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Opens an update session."""
+
+    @abstractmethod
+    def update(self, info: dict[str, Any]) -> None:
+        """Tells each worker to receive, or to abort; returns at once."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Closes the session; workers that hold a complete stage commit it."""
+
+    @abstractmethod
+    def pause(self, mode: str, *, clear_cache: bool) -> None:
+        """Stops generation for the commit. `mode` says what becomes of requests in flight: keep, wait or abort."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Lifts the pause."""
+
+    @abstractmethod
+    def reset_cache(self) -> None:
+        """Drops cached prefixes, and makes running requests compute theirs again."""
+
+    @abstractmethod
+    def set_version(self, version: int) -> None:
+        """Sets the weight version it reports and stamps on outputs."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """The weight version it reports; `default` before the first push."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the trainer's side of the connection. Idempotent; never raises."""

@@ -1,0 +1,121 @@
+"""A vLLM server by URL, steered over vLLM's RL routes."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from twinkle_callbacks import auth
+from twinkle_callbacks.errors import (
+    AuthenticationError,
+    ConfigError,
+    DeadlineError,
+    RolloutError,
+    RolloutUnreachableError,
+)
+from twinkle_callbacks.rollouts.base import Rollout
+
+
+class HTTPRollout(Rollout):
+    """A stock `vllm serve` with this package installed beside it; `twinkle-callbacks serve` starts one.
+
+    Args:
+        url: such as `http://10.0.0.7:8000`.
+        token: shared secret; default: `$TWINKLE_TOKEN`, else the user's token file. It signs requests and is never sent.
+        timeout_s: seconds one call may take.
+
+    Raises:
+        ConfigError: the URL is not an http(s) one.
+    """
+
+    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 300.0) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"rollouts: {url!r} is not a URL such as http://127.0.0.1:8000")
+        self.name = url.rstrip("/")
+        self.host = parts.hostname
+        self._token = auth.load_token(token)
+        self._timeout_s = timeout_s
+        self._client = httpx.Client(base_url=self.name, timeout=timeout_s, trust_env=False)
+
+    def world_size(self) -> int:
+        return int(self._call("GET", "/get_world_size")["world_size"])
+
+    def join(self, request: dict[str, Any]) -> None:
+        self._call("POST", "/init_weight_transfer_engine", {"init_info": {"request": request}})
+
+    def start(self) -> None:
+        self._call("POST", "/start_weight_update")
+
+    def update(self, info: dict[str, Any]) -> None:
+        self._call("POST", "/update_weights", {"update_info": info})
+
+    def finish(self) -> None:
+        self._call("POST", "/finish_weight_update", {"weight_version": None})
+
+    def pause(self, mode: str, *, clear_cache: bool) -> None:
+        self._call("POST", f"/pause?mode={mode}&clear_cache={str(clear_cache).lower()}")
+
+    def resume(self) -> None:
+        self._call("POST", "/resume")
+
+    def reset_cache(self) -> None:
+        answer = self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
+        if not answer.get("success", False):
+            raise RolloutError(f"{self.name} did not drop its cached prefixes; set stale_kv='keep' if they may stay")
+
+    def set_version(self, version: int) -> None:
+        self._call("POST", "/update_weight_version", {"new_version": str(version)})
+
+    def version(self) -> str:
+        return str(self._call("GET", "/weight_info")["weight_version"])
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _call(self, method: str, target: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        request = self._client.build_request(method, target, json=body)
+        request.headers[auth.SIGNATURE_HEADER] = auth.sign_request(
+            self._token, method, request.url.raw_path.decode(), request.content
+        )
+        try:
+            response = self._client.send(request)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise RolloutUnreachableError(
+                f"nobody answers at {self.name} ({error}); start a server with: twinkle-callbacks serve MODEL"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise DeadlineError(f"{self.name} did not answer {target} within {self._timeout_s:g} s") from error
+        except httpx.TransportError as error:
+            raise RolloutUnreachableError(f"{self.name} broke the connection in {target}: {error!r}") from error
+        if response.status_code != httpx.codes.OK:
+            raise self._refusal(target, response)
+        return dict(response.json()) if response.content else {}
+
+    def _refusal(self, target: str, response: httpx.Response) -> Exception:
+        path, text = target.split("?")[0], _reason(response)
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            return AuthenticationError(f"{self.name}{path}: {text}")
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return RolloutError(
+                f"{self.name} has no route {path}: its RL routes are off; start it with VLLM_SERVER_DEV_MODE=1, "
+                f"or with: twinkle-callbacks serve MODEL"
+            )
+        if path == "/init_weight_transfer_engine" and ("not configured" in text or "Invalid init_info" in text):
+            return RolloutError(
+                f"{self.name} does not run the weight-transfer backend 'twinkle' ({text}); install twinkle_callbacks "
+                f"""beside it and start it with: --weight-transfer-config '{{"backend": "twinkle"}}'"""
+            )
+        return RolloutError(f"{self.name}{path} answered {response.status_code}: {text}")
+
+
+def _reason(response: httpx.Response) -> str:
+    """The server's own words, short: vLLM answers {"error": {"message": ...}}, {"error": ...} or {"detail": ...}."""
+    try:
+        answer = response.json()
+    except ValueError:
+        return response.text[:500]
+    error = answer.get("error") or answer.get("detail") or answer if isinstance(answer, dict) else answer
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:2000]

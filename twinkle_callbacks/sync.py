@@ -1,0 +1,265 @@
+"""One push from the trainer's module into every rollout: the only orchestrator. Read this file first.
+
+    every rank   open:  handshake with the rollouts (rank 0), the result shared; then the first push
+    every rank   push:  rank 0 opens a session on each rollout
+                        -> sources/  stream of (checkpoint name, full tensor), gathered by all ranks in the same order
+                        -> engines/  rank 0 sends it in buckets ==== wire ==== worker/ stages it, compares digests
+                        rank 0 pauses the rollouts, they check and commit, it sets the version and resumes
+                        the report, or the error, is shared: all ranks return it or all raise it
+
+Nothing is committed before every worker of every rollout holds the whole stream, digest for digest. After an error the
+engine is dropped, the rollouts go on with the weights they had, and the next push shakes hands anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import msgspec
+import torch
+
+from twinkle_callbacks.buckets.packing import dtype_of
+from twinkle_callbacks.config import SyncOptions, SyncSettings
+from twinkle_callbacks.engines.base import SendStats
+from twinkle_callbacks.errors import ConfigError, DigestMismatchError, SyncError, TwinkleError, from_wire
+from twinkle_callbacks.fleet import Fleet
+from twinkle_callbacks.report import ReplicaReport, SyncReport
+from twinkle_callbacks.sources import WeightSource, open_source
+from twinkle_callbacks.trainer_group import TrainerGroup
+
+logger = logging.getLogger(__name__)
+
+
+class _Outcome(msgspec.Struct):
+    """What rank 0 tells the others after each step it takes alone."""
+
+    value: Any = None
+    error_type: str = ""
+    error: str = ""
+    rollouts: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return self.error if self.error_type == "SyncError" else f"{self.error_type}: {self.error}"
+
+
+class WeightSynchronizer:
+    """Keeps rollouts on the newest weights of a module that is being trained.
+
+    Every trainer rank builds one with the same arguments and calls the same methods in the same order; all of them are
+    collective. As a context manager it opens on entry, which is the handshake and the first push, and closes on exit.
+
+        with WeightSynchronizer(model, rollouts="http://127.0.0.1:8000") as sync:
+            ...  # an optimizer step
+            report = sync.push(version=1)
+
+    Args:
+        model: the trained module, plain or wrapped (DDP, FSDP2, compiled), or a `WeightSource`. It is never changed.
+        **settings: see `twinkle_callbacks.config.SyncSettings`.
+
+    Attributes:
+        settings: the validated settings.
+        report: the last push's report, or None.
+
+    Raises:
+        ConfigError: a setting is unknown, wrong, or not available in this version.
+        SourceError: the module cannot be streamed.
+    """
+
+    def __init__(self, model: torch.nn.Module | WeightSource, **settings: Unpack[SyncOptions]) -> None:
+        self.settings = SyncSettings.parse(settings)
+        self.report: SyncReport | None = None
+        self._model = model
+        self._group = TrainerGroup()
+        self._fleet: Fleet | None = None
+        self._source: WeightSource = self._open_source(self.settings.dtype)
+        self._connected = False
+        self.is_open = False
+
+    def open(self, version: int = 0) -> SyncReport:
+        """Shakes hands with every rollout and makes the first push.
+
+        Raises:
+            ConfigError, AuthenticationError, RolloutError, EngineError, DeadlineError: the handshake failed; says which
+                rollout and what to change. Raised on every rank, whatever `on_error` says: nothing can be synced.
+            SyncError: the first push failed.
+        """
+        self._connect()
+        self.is_open = True
+        try:
+            return self._push(version)
+        except BaseException:
+            self.close()
+            raise
+
+    def push(self, version: int) -> SyncReport:
+        """Sends the module's weights as they are now; returns when every rollout serves them.
+
+        Args:
+            version: version that the rollouts report from then on; by convention the number of optimizer steps taken.
+
+        Returns:
+            The report, the same on every rank. With `on_error="skip"` a failed push returns one with `error` set.
+
+        Raises:
+            SyncError: phase, rollouts and cause; the rollouts go on serving the weights they had.
+            ConfigError: the synchronizer is not open.
+        """
+        if not self.is_open:
+            raise ConfigError("push() before open(): use `with WeightSynchronizer(...) as sync`, or call sync.open()")
+        try:
+            if not self._connected:
+                self._connect()
+            return self._push(version)
+        except TwinkleError as error:
+            if self.settings.on_error != "skip":
+                raise
+            logger.warning("push of version %d was skipped: %s", version, error)
+            held = self.report.version if self.report else -1
+            return SyncReport(version=held, bytes=0, seconds=0.0, gather_s=0.0, transfer_s=0.0, commit_s=0.0, error=str(error))
+
+    def close(self) -> None:
+        """Leaves the rollouts as they are and frees everything. Idempotent; never raises for a rollout that is gone."""
+        self.is_open = self._connected = False
+        fleet, self._fleet = self._fleet, None
+        if fleet is not None:
+            fleet.disconnect()
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_source(self, dtype: str | None) -> WeightSource:
+        return open_source(self._model, module=self.settings.module, dtype=None if dtype is None else dtype_of(dtype))
+
+    def _connect(self) -> None:
+        def handshake() -> str:
+            self._fleet = self._fleet or Fleet(self.settings)
+            self._fleet.connect()
+            return self._fleet.dtype
+
+        try:
+            dtype = self._on_leader(handshake)
+            if self.settings.dtype is None:
+                self._source = self._open_source(dtype)
+        except BaseException:
+            self._disconnect()
+            raise
+        self._connected = True
+
+    def _disconnect(self) -> None:
+        self._connected = False
+        if self._fleet is not None:
+            self._fleet.disconnect()
+
+    def _push(self, version: int) -> SyncReport:
+        began = time.perf_counter()
+        try:
+            self._on_leader(lambda: self._leading.begin(), phase="start")
+            sending = time.perf_counter()
+            failure = self._send()
+            stats = self._on_leader(lambda: self._finish_sending(failure), phase="transfer")
+            committing = time.perf_counter()
+            replicas = self._on_leader(lambda: self._leading.commit(version), phase="commit")
+        except BaseException:
+            self._connected = False
+            if self._fleet is not None:
+                self._fleet.abort()
+            raise
+        ended = time.perf_counter()
+        sent = msgspec.convert(stats, SendStats)
+        self.report = SyncReport(
+            version=version,
+            bytes=sent.payload_bytes,
+            seconds=ended - began,
+            gather_s=sent.source_s,
+            transfer_s=committing - sending - sent.source_s,
+            commit_s=ended - committing,
+            digest=sent.digest,
+            replicas=msgspec.convert(replicas, list[ReplicaReport]),
+        )
+        logger.info("pushed version %d: %d tensors in %.3f s", version, sent.tensors, self.report.seconds)
+        return self.report
+
+    @property
+    def _leading(self) -> Fleet:
+        assert self._fleet is not None, "only rank 0 leads, and only when connected"
+        return self._fleet
+
+    def _send(self) -> Exception | None:
+        """Every rank drains the source; rank 0 sends it. Returns what went wrong on this rank."""
+        stream = _on_this_device(self._source.stream())
+        try:
+            if self._group.is_leader:
+                engine = self._leading.engine
+                assert engine is not None
+                _run(lambda: engine.send_weights(stream))
+            else:
+                for _ in stream:
+                    pass
+        except Exception as error:  # whatever a source raises; the leader reports it once all ranks are past the gathers
+            return error
+        return None
+
+    def _finish_sending(self, failure: Exception | None) -> SendStats:
+        if failure is not None:
+            raise failure
+        fleet = self._leading
+        assert fleet.engine is not None and fleet.engine.stats is not None
+        stats = fleet.engine.stats
+        digest = fleet.collect_staged()
+        if digest != stats.digest:
+            raise DigestMismatchError(f"the rollouts staged a stream of digest {digest}, sent was {stats.digest}")
+        return stats
+
+    def _on_leader(self, call: Callable[[], Any], phase: str = "") -> Any:
+        """Runs a step on rank 0 alone and shares its result: every rank returns it, or raises its error.
+
+        With a `phase`, errors become `SyncError`s of that phase.
+        """
+        outcome, cause = _Outcome(), None
+        if self._group.is_leader:
+            try:
+                outcome.value = msgspec.to_builtins(call())
+            except Exception as error:  # shared with the other ranks, and raised on all of them
+                cause = error
+                rollouts = error.rollouts if isinstance(error, SyncError) else ()
+                outcome = _Outcome(None, type(error).__name__, str(error), rollouts)
+            outcome = msgspec.msgpack.decode(self._group.share(msgspec.msgpack.encode(outcome)), type=_Outcome)
+        else:
+            outcome = msgspec.msgpack.decode(self._group.share(None), type=_Outcome)
+        if not outcome.error_type:
+            return outcome.value
+        if phase:
+            raise SyncError(f"push failed in the phase {phase!r}: {outcome.text}", phase, outcome.rollouts) from cause
+        raise cause or from_wire(outcome.error_type, outcome.error)
+
+
+def _on_this_device(stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stream, pinned to this thread's accelerator in whichever thread drains it: a new thread starts on device 0."""
+    if not torch.accelerator.is_available():
+        return stream
+    index = torch.accelerator.current_device_index()
+
+    def pinned() -> Iterator[tuple[str, torch.Tensor]]:
+        torch.accelerator.set_device_index(index)
+        yield from stream
+
+    return pinned()
+
+
+def _run(call: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs a coroutine to its end, also when the caller is inside an event loop, as in a notebook."""
+    with ThreadPoolExecutor(1, thread_name_prefix="twinkle-push") as thread:
+        thread.submit(lambda: asyncio.run(call())).result()
