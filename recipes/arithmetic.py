@@ -40,7 +40,7 @@ def all_problems(max_operand: int) -> list[Problem]:
 
 
 def draw_problems(count: int, *, max_operand: int, seed: int, step: int) -> list[Problem]:
-    """The prompts of one step: a pure function of its arguments, so ranks agree and a resumed run goes on where it was."""
+    """The prompts of one step: a pure function of its arguments, so that ranks agree without talking."""
     generator = random.Random(f"{seed}/{step}")
     return [problem(generator.randint(0, max_operand), generator.randint(0, max_operand)) for _ in range(count)]
 
@@ -48,6 +48,9 @@ def draw_problems(count: int, *, max_operand: int, seed: int, step: int) -> list
 def exact_match(completion: str, answer: str) -> float:
     """Reward of a completion's text: 1.0 if it is the answer and nothing else, otherwise 0.0."""
     return float(completion == answer)
+
+
+REWARDS = {"exact_match": exact_match}
 
 
 def encode(text: str) -> list[int]:

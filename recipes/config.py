@@ -33,7 +33,7 @@ class DataConfig(_Section):
     """The generated prompts: two operands from 0 to `max_operand`."""
 
     max_operand: int = Field(19, ge=1, le=49)
-    prompts_per_step: int = Field(64, ge=1)
+    prompts_per_step: int = Field(128, ge=1)
 
 
 class RewardConfig(_Section):
@@ -47,14 +47,15 @@ class RolloutConfig(_Section):
 
     samples_per_prompt: int = Field(8, ge=2)
     max_tokens: int = Field(3, ge=1)
-    timeout_s: float = Field(60.0, gt=0)
+    timeout_s: float = Field(120.0, gt=0)
 
 
 class OptimizerConfig(_Section):
-    """AdamW without weight decay."""
+    """AdamW without weight decay, its learning rate rising from zero over the first steps."""
 
-    lr: float = Field(3e-4, gt=0)
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr: float = Field(6e-4, gt=0)
+    beta2: float = Field(0.98, gt=0, lt=1)
+    lr_warmup_steps: int = Field(10, ge=0)
     grad_clip: float = Field(1.0, gt=0)
 
 
@@ -69,7 +70,7 @@ class RecipeConfig(_Section):
     """A whole run. `sync` takes exactly the settings of the callbacks."""
 
     seed: int = 0
-    steps: int = Field(80, ge=1)
+    steps: int = Field(100, ge=1)
     output_dir: Path = Path("runs/grpo")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -110,7 +111,11 @@ class RecipeConfig(_Section):
 
     def without_sync(self) -> RecipeConfig:
         """The control: the push at the start of training, which makes rollout and trainer equal, and none after it."""
-        return self.changed(sync={**self.sync.model_dump(), "every_n_steps": self.steps + 1})
+        return self.changed(sync=self.sync_options(every_n_steps=self.steps + 1))
+
+    def sync_options(self, **replaced: Any) -> dict[str, Any]:
+        """The section `sync` as keyword arguments of a callback, some of them replaced."""
+        return {**self.sync.model_dump(), **replaced}
 
     @property
     def rollout_urls(self) -> list[str]:
@@ -120,7 +125,7 @@ class RecipeConfig(_Section):
 def from_command_line(description: str, argv: Sequence[str] | None = None) -> RecipeConfig:
     """Parses `--config FILE [--no-sync] [key=value ...]`; exits with a message for people if they are wrong."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/grpo_arithmetic.yaml")
+    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/grpo_arithmetic.yaml")
     parser.add_argument("--no-sync", action="store_true", help="control run: no weight sync after the one at the start")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=10 or optimizer.lr=1e-4")
     arguments = parser.parse_args(argv)

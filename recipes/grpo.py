@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.arithmetic import PAD_ID
+from recipes.config import OptimizerConfig
 from recipes.rollout import Completion
 
 
@@ -82,3 +83,17 @@ def logprob_gap(logprobs: Tensor, batch: Batch) -> Tensor:
     """Mean absolute difference, per sampled token, between the trainer's logprobs and the rollout's; a scalar."""
     difference = (logprobs.detach() - batch.server_logprobs).abs() * batch.mask
     return difference.sum() / batch.mask.sum()
+
+
+def step_metrics(logprobs: Tensor, batch: Batch) -> Tensor:
+    """Mean reward and logprob gap of this rank's share: float32 (2,), to be averaged over the ranks."""
+    return torch.stack([batch.rewards.mean(), logprob_gap(logprobs, batch)])
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimizer and its learning rate schedule, to be advanced after each optimizer step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0)
+    rising = max(1, config.lr_warmup_steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rising))

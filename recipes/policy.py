@@ -89,7 +89,7 @@ def warm_up(
 
 @torch.no_grad()
 def sampled_accuracy(model: Qwen3ForCausalLM, problems: list[Problem]) -> float:
-    """Probability, averaged over the problems, that a sample at temperature 1 is exactly the answer; computed, not sampled."""
+    """Mean probability that a sample at temperature 1 is exactly the answer; computed, not sampled."""
     answers = token_logprobs(model, _with_answers(problems))[:, arithmetic.PROMPT_TOKENS - 1 :]
     return float(answers.sum(dim=1).exp().mean())
 
@@ -107,8 +107,8 @@ def load_policy(folder: Path) -> Qwen3ForCausalLM:
         FileNotFoundError: there is no checkpoint; says how to make one.
     """
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"no policy in {folder}; make it with: python -m recipes.policy --config FILE")
-    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        raise FileNotFoundError(f"no policy in {folder}; make it with: python -m recipes.prepare --config FILE")
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).train()
 
 
 def _with_answers(problems: list[Problem]) -> torch.Tensor:

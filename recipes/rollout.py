@@ -10,6 +10,9 @@ from typing import Any
 
 import httpx
 
+# Explicit, so that no generation_config.json bends the distribution that the logprobs are taken from.
+_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "logprobs": 0, "return_token_ids": True}
+
 
 class SamplingError(RuntimeError):
     """A rollout did not answer in time, answered with an error, or left out what was asked for."""
@@ -38,10 +41,10 @@ class Sampler:
     Every request ends within `timeout_s` or raises `SamplingError`.
     """
 
-    def __init__(self, urls: Sequence[str], *, max_tokens: int, temperature: float = 1.0, timeout_s: float = 60.0) -> None:
-        self._parameters = {"max_tokens": max_tokens, "temperature": temperature, "logprobs": 0, "return_token_ids": True}
+    def __init__(self, urls: Sequence[str], *, max_tokens: int, timeout_s: float) -> None:
+        self._parameters = _SAMPLING | {"max_tokens": max_tokens}
         self._timeout_s = timeout_s
-        self._clients = [httpx.Client(base_url=url, timeout=timeout_s) for url in urls]
+        self._clients = [httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) for url in urls]
         self._threads = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="sampler")
 
     def sample(self, prompts: Sequence[list[int]], per_prompt: int) -> list[Completion]:
@@ -55,9 +58,12 @@ class Sampler:
         ]
         return [completion for job in jobs for completion in job.result()]
 
-    def weight_versions(self) -> list[str]:
-        """The weight version that each server says it serves."""
-        return [str(self._call(client, "GET", "/weight_info")["weight_version"]) for client in self._clients]
+    def weight_version(self) -> str:
+        """The weight version that the servers themselves say they serve; an error if they differ."""
+        versions = {str(c.base_url): str(self._call(c, "GET", "/weight_info")["weight_version"]) for c in self._clients}
+        if len(set(versions.values())) > 1:
+            raise SamplingError(f"the servers hold different weight versions: {versions}")
+        return next(iter(versions.values()))
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -67,7 +73,9 @@ class Sampler:
     def __enter__(self) -> Sampler:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _complete(self, client: httpx.Client, prompts: list[list[int]], per_prompt: int) -> list[Completion]:
@@ -84,7 +92,9 @@ class Sampler:
             reason = f"{type(error).__name__}: {error}"
             raise SamplingError(f"{method} {client.base_url}{path} within {self._timeout_s} s: {reason}") from error
         if response.is_error:
-            raise SamplingError(f"{method} {client.base_url}{path} answered {response.status_code}: {response.text[:500]}")
+            raise SamplingError(
+                f"{method} {client.base_url}{path} answered {response.status_code}: {response.text[:500]}"
+            )
         return response.json()
 
 

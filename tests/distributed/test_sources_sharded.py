@@ -164,8 +164,8 @@ def fsdp2_inside_a_sharded_holder() -> Pairs:
     holder.net = build("qwen3_moe")
     holder.value = nn.Linear(4, 4)
     for layer in holder.net.model.layers:
-        fully_shard(layer)
-    fully_shard(holder).unshard()  # as a validation leaves it
+        fully_shard(layer, mp_policy=HALF)
+    fully_shard(holder, mp_policy=HALF).unshard()  # as a validation leaves it
     assert not isinstance(holder.net.model.embed_tokens.weight, DTensor)
     got = drained(open_source(holder, module="net"))
     assert_equal(got, reference(build("qwen3_moe")))

@@ -43,8 +43,11 @@ class RecordingSynchronizer:
         assert self.is_open, "push after close"
         if version == self.fail_at:
             raise SyncError(f"push of version {version} failed", phase="transfer")
-        self.pushes.append((version, weights_of(select(self.model, self.settings.module))))
+        self.pushes.append((version, self.gather()))
         return SyncReport(version, bytes=8, seconds=0.5, gather_s=0.1, transfer_s=0.3, commit_s=0.1)
+
+    def gather(self) -> Weights:
+        return weights_of(select(self.model, self.settings.module))
 
     def close(self) -> None:
         self.is_open = False

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import VOCAB, build
 from tests.unit.accelerate_cases import reset_accelerate
 from tests.unit.recording_sync import RecordingSynchronizer, recorder, same, weights_of
+from tests.unit.trl_cases import COMPLETION_TOKENS, PROMPT_IDS, GRPOTrainer, make_trainer
 from twinkle_callbacks.transformers import WeightSyncCallback
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # TRL warns of every vLLM that is newer than itself
-    from trl import GRPOConfig, GRPOTrainer
-
-COMPLETION_TOKENS = 4
 
 
 @pytest.fixture
@@ -34,51 +25,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[RecordingSynchronizer
     reset_accelerate()
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<bos>": 0, "<eos>": 1, "<pad>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
-    splitter = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=splitter, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
-
-
-def reward(completions: list[str], **_: Any) -> list[float]:
-    return [float(index) for index, _ in enumerate(completions)]
-
-
-def make_trainer(folder: Path, rollout_func: Any, callback: WeightSyncCallback, **options: Any) -> GRPOTrainer:
-    arguments = GRPOConfig(
-        str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        report_to=[],
-        logging_steps=1,
-        save_strategy="no",
-        learning_rate=1e-2,
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=COMPLETION_TOKENS,
-        **options,
-    )
-    return GRPOTrainer(
-        model=build("qwen3", num_hidden_layers=1),
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": "w5 w6"}] * 16),
-        processing_class=tokenizer(),
-        rollout_func=rollout_func,
-        callbacks=[callback],
-    )
-
-
-@pytest.mark.filterwarnings("ignore")  # TRL's own, about the experimental rollout_func
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 def test_each_rollout_samples_from_the_weights_of_the_last_step(
     fake: type[RecordingSynchronizer], tmp_path: Path
 ) -> None:
-    seen: list[tuple[int, int]] = []
+    model, seen = build("qwen3", num_hidden_layers=1), []
 
     def sample(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
         version, pushed = fake.made[0].pushes[-1]
@@ -86,12 +37,12 @@ def test_each_rollout_samples_from_the_weights_of_the_last_step(
         assert same(pushed, weights_of(trainer.accelerator.unwrap_model(trainer.model)))
         ids = torch.randint(3, VOCAB, (len(prompts), COMPLETION_TOKENS)).tolist()
         return {
-            "prompt_ids": [[5, 6]] * len(prompts),
+            "prompt_ids": [PROMPT_IDS] * len(prompts),
             "completion_ids": ids,
             "logprobs": [[-1.0] * COMPLETION_TOKENS for _ in ids],
         }
 
-    trainer = make_trainer(tmp_path, sample, WeightSyncCallback(), max_steps=3, gradient_accumulation_steps=2)
+    trainer = make_trainer(tmp_path, model, sample, WeightSyncCallback(), max_steps=3, gradient_accumulation_steps=2)
     trainer.train()
     assert seen == [(0, 0), (1, 1), (2, 2)]
     assert fake.made[0].versions == [0, 1, 2, 3]

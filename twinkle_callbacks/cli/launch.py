@@ -105,11 +105,11 @@ def _check(vllm_args: Sequence[str]) -> None:
 
 def _backends(vllm_args: Sequence[str]) -> Iterator[object]:
     """Yields each backend that the flags ask for, as JSON or in vLLM's dotted form."""
-    for argument, following in zip(vllm_args, [*vllm_args[1:], ""], strict=True):
+    for index, argument in enumerate(vllm_args):
         flag = _flag(argument)
         if flag not in (TRANSFER_FLAG, f"{TRANSFER_FLAG}.backend"):
             continue
-        value = argument.partition("=")[2] if "=" in argument else following
+        value = argument.partition("=")[2] if "=" in argument else " ".join(vllm_args[index + 1 : index + 2])
         if flag != TRANSFER_FLAG:
             yield value
             continue

@@ -22,7 +22,7 @@ from twinkle_callbacks.errors import ConfigError, DeadlineError, RolloutError
 TAIL_LINES = 30
 POLL_S = 0.2
 TERMINATE_S = 30.0  # vLLM stops its engine core first
-DRAIN_S = 5.0
+DRAIN_S = 2.0  # its descendants, once it is gone
 
 
 class ServerProcess:
@@ -131,7 +131,7 @@ class ServerProcess:
             self._process.wait(timeout_s)
 
     def _ended(self, code: int) -> str:
-        self._reader.join(DRAIN_S)
+        self._reader.join(POLL_S)
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         return f"the server at {self.url} ended with {how}; the end of its log:\n{self.tail()}"
 

@@ -50,7 +50,7 @@ def plan_conversions(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> 
         return _TransformersPlan(module, tensors)
     except ImportError as error:
         raise SourceError(
-            f"transformers is too old to stream from ({error}); install transformers 5.19 or later"
+            f"transformers is too old to stream from ({error}); install transformers 5.17 or later"
         ) from error
     except SourceError:
         raise

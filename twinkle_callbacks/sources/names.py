@@ -122,8 +122,8 @@ def _refuse_broken_ties(module: nn.Module, tensors: dict[str, torch.Tensor]) -> 
     for name, source in declared.items():
         if name in tensors and source in tensors and tensors[name] is not tensors[source]:
             raise SourceError(
-                f"{name} and {source} are declared as tied but are two parameters now, which train apart while rollouts "
-                f"use one for both; put them into the same fully_shard() unit, or call tie_weights() before sharding"
+                f"{name} and {source} are declared as tied but are two parameters now, which train apart while "
+                f"rollouts use one for both; put them into one fully_shard() unit, or tie_weights() before sharding"
             )
 
 

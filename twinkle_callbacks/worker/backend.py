@@ -148,7 +148,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             asyncio.run(_fill(stage, engine))
             digest = stage.verify(engine.sent_digests)
         except Exception as error:
-            logger.exception("push %d was not received; the old weights go on serving", push)
+            logger.error("push %d was not received, the old weights go on serving: %s", push, error)
             _post(engine, f"staged-{push}", Staged(failure=Failure.of(error)))
             raise
         _post(engine, f"staged-{push}", Staged(len(stage.tensors), digest))

@@ -88,12 +88,11 @@ def _refusals(model: Any, specs: Sequence[TensorSpec], counter: _WriteCounter) -
         try:
             with counter:
                 model.load_weights(_meta_tensors([spec]))
-        except (KeyError, AttributeError):
-            refused.append(f"{spec.name} (unexpected: the model has no such parameter)")
         except Exception as error:  # any refusal of a loader belongs in the list, whatever its type
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            unexpected = "There is no module or parameter named" in reason
-            refused.append(f"{spec.name} {spec.shape} ({'unexpected' if unexpected else 'another shape'}: {reason})")
+            reason = str(error)
+            unknown = isinstance(error, KeyError) or "no module or parameter named" in reason
+            why = "unexpected" if unknown else f"another shape: {reason.splitlines()[0] if reason else type(error).__name__}"
+            refused.append(f"{spec.name} {spec.shape} ({why})")
     return refused
 
 

@@ -16,6 +16,7 @@ def commit(model: Any, model_config: Any, tensors: Iterable[tuple[str, torch.Ten
     """Loads a complete, checked set of checkpoint tensors into the live model. Runs on the worker's main thread."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+    _forget_cpu_moe_kernels(model)
     with torch.device(device):
         initialize_layerwise_reload(model)
         try:
@@ -23,6 +24,23 @@ def commit(model: Any, model_config: Any, tensors: Iterable[tuple[str, torch.Ten
         finally:
             finalize_layerwise_reload(model, model_config)
     _repack_cpu_heads(model)
+
+
+def _forget_cpu_moe_kernels(model: Any) -> None:
+    """Makes the reload set up the experts' kernels as the first load does.
+
+    On CPU the kernel computes with packed expert weights, but packs them only when it is made: a layerwise reload (vLLM
+    0.32, fused_moe/unquantized_fused_moe_method.py) leaves them unpacked and the output silently wrong. Remove this when a
+    Qwen3-MoE passes tests/vllm/test_models.py without it.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _repack_cpu_heads(model: Any) -> None:

@@ -39,7 +39,7 @@ NONCE_LIFETIME_S = 2 * auth.MAX_CLOCK_SKEW_S  # the clock that signed may be ahe
 OPEN_PATHS = frozenset(
     {
         # looking
-        *("/health", "/ping", "/version", "/load", "/metrics", "/metrics/", "/tokenizer_info"),
+        *("/health", "/ready", "/readyz", "/ping", "/version", "/load", "/metrics", "/metrics/", "/tokenizer_info"),
         *("/weight_info", "/is_paused", "/is_sleeping", "/get_world_size"),
         *("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
         # inference
@@ -120,7 +120,8 @@ def _route_path(scope: Scope) -> str:
 
 
 def _target(scope: Scope) -> str:
-    path, query = scope.get("raw_path") or scope["path"].encode(), scope.get("query_string", b"")
+    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    query: bytes = scope.get("query_string", b"")
     return (path + b"?" + query if query else path).decode("latin-1")
 
 

@@ -1,0 +1,58 @@
+"""One step's experience: draw prompts, sample them from the rollouts, score the samples."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from recipes import arithmetic, grpo
+from recipes.config import RecipeConfig
+from recipes.rollout import Sampler
+from twinkle_callbacks.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Scored samples, the weight version that the server said it had just before, and the seconds sampling took."""
+
+    batch: grpo.Batch
+    server_version: str
+    sample_s: float
+
+
+class Collector:
+    """Collects this rank's share of each step. Every trainer rank has one; the shares are disjoint."""
+
+    def __init__(
+        self,
+        config: RecipeConfig,
+        sampler: Sampler,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if config.data.prompts_per_step % world_size:
+            raise ConfigError(
+                f"data.prompts_per_step={config.data.prompts_per_step} does not divide among {world_size} trainer ranks"
+            )
+        self._config, self._sampler = config, sampler
+        self._share = slice(rank, None, world_size)
+        self._device = device
+
+    def collect(self, step: int) -> Experience:
+        """Samples and scores the prompts of a step."""
+        data, group_size = self._config.data, self._config.rollouts.samples_per_prompt
+        problems = arithmetic.draw_problems(
+            data.prompts_per_step, max_operand=data.max_operand, seed=self._config.seed, step=step
+        )[self._share]
+        version = self._sampler.weight_version()
+        started = time.perf_counter()
+        completions = self._sampler.sample([arithmetic.encode(p.prompt) for p in problems], group_size)
+        sample_s = time.perf_counter() - started
+        answers = [p.answer for p in problems for _ in range(group_size)]
+        reward = arithmetic.REWARDS[self._config.reward.name]
+        rewards = [reward(c.text, answer) for c, answer in zip(completions, answers, strict=True)]
+        return Experience(grpo.make_batch(completions, rewards, group_size, self._device), version, sample_s)

@@ -1,0 +1,86 @@
+"""GRPO as a raw Accelerate loop, sampled from a vLLM server that `WeightSync` keeps on the newest weights.
+
+    python -m recipes.prepare --config configs/grpo_arithmetic.yaml
+    twinkle-callbacks serve runs/policy --dtype float32 --max-model-len 64
+    python -m recipes.grpo_accelerate --config configs/grpo_arithmetic.yaml steps=100
+
+Several processes: `accelerate launch -m recipes.grpo_accelerate --config ...`, or torchrun; each samples its share.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from recipes.config import RecipeConfig, from_command_line
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from recipes.grpo import Batch
+    from recipes.history import History
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the configuration says and prints what came of it."""
+    config = from_command_line("GRPO with Accelerate on a synced vLLM server.", argv)
+    history = train(config)
+    if history.records:
+        print(history.summary())
+    return 0
+
+
+def train(config: RecipeConfig) -> History:
+    """Trains the policy of `config.model.path` against the running servers of `config.sync.rollouts`."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from recipes import grpo
+    from recipes.experience import Collector
+    from recipes.history import History
+    from recipes.policy import load_policy
+    from recipes.rollout import Sampler
+    from twinkle_callbacks.accelerate import WeightSync
+
+    accelerator = Accelerator()
+    set_seed(config.seed)
+    model = load_policy(config.model.path)
+    optimizer, schedule = grpo.make_optimizer(model, config.optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    with (
+        Sampler(
+            config.rollout_urls, max_tokens=config.rollouts.max_tokens, timeout_s=config.rollouts.timeout_s
+        ) as sampler,
+        WeightSync(accelerator, model, optimizer, **config.sync_options()) as sync,
+    ):
+        ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        collector = Collector(config, sampler, device=accelerator.device, **ranks)
+        history = History(config.output_dir, config.steps, lambda: sync.report, is_writer=accelerator.is_main_process)
+        for step in range(config.steps):
+            experience = collector.collect(step)
+            logprobs = grpo.token_logprobs(model, experience.batch.tokens)
+            history.add(step, *_means(accelerator, logprobs, experience.batch), experience)
+            accelerator.backward(grpo.policy_loss(logprobs, experience.batch))
+            accelerator.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+            optimizer.step()  # pushes the new weights before it returns
+            optimizer.zero_grad()
+            schedule.step()
+        experience = collector.collect(config.steps)
+        with torch.no_grad():
+            logprobs = grpo.token_logprobs(model, experience.batch.tokens)
+        history.add(config.steps, *_means(accelerator, logprobs, experience.batch), experience)
+    accelerator.end_training()
+    return history
+
+
+def _means(accelerator: Accelerator, logprobs: torch.Tensor, batch: Batch) -> list[float]:
+    from recipes.grpo import step_metrics
+
+    return accelerator.reduce(step_metrics(logprobs, batch), reduction="mean").tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""GRPO with Lightning, sampled from a vLLM server that one callback keeps on the newest weights.
+
+Run in the checkout:
+
+    python -m recipes.prepare --config configs/grpo_arithmetic.yaml
+    twinkle-callbacks serve runs/policy --dtype float32 --max-model-len 64
+    python -m recipes.grpo_lightning --config configs/grpo_arithmetic.yaml steps=100
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from recipes.config import RecipeConfig, from_command_line
+
+if TYPE_CHECKING:
+    from recipes.history import History
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the configuration says and prints what came of it."""
+    config = from_command_line("GRPO with Lightning on a synced vLLM server.", argv)
+    history = train(config)
+    if history.records:
+        print(history.summary())
+    return 0
+
+
+def train(config: RecipeConfig) -> History:
+    """Trains the policy of `config.model.path` against the running servers of `config.sync.rollouts`."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import CSVLogger
+
+    from recipes.lightning_module import GRPOModule
+    from recipes.rollout import Sampler
+    from twinkle_callbacks.lightning import WeightSyncCallback
+
+    pl.seed_everything(config.seed, verbose=False)
+    sync = WeightSyncCallback(**config.sync_options(module="policy"))
+    trainer = pl.Trainer(
+        callbacks=[sync],
+        max_steps=config.steps,
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        gradient_clip_val=config.optimizer.grad_clip,
+        logger=CSVLogger(config.output_dir),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with Sampler(
+        config.rollout_urls, max_tokens=config.rollouts.max_tokens, timeout_s=config.rollouts.timeout_s
+    ) as sampler:
+        module = GRPOModule(config, sampler, sync)
+        trainer.fit(module, train_dataloaders=range(config.steps))
+    return module.history
+
+
+if __name__ == "__main__":
+    sys.exit(main())
