@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from recipes import arithmetic
 from recipes.arithmetic import Problem
 from recipes.config import ModelConfig
 from recipes.grpo import token_logprobs
+
+transformers.utils.logging.disable_progress_bar()  # for reading and writing two megabytes
 
 _IGNORED = -100
 _CHECK_EVERY_STEPS = 5

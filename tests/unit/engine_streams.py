@@ -55,6 +55,12 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torc
 
 def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """A tensor of the same values that lies otherwise in memory."""
+    if tensor.dtype.itemsize == 1:  # torch copies the bytes of some dtypes only
+        return _lay_out(tensor.view(torch.uint8), layout).view(tensor.dtype)
+    return _lay_out(tensor, layout)
+
+
+def _lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "strided" and tensor.dim() >= 1:
@@ -70,8 +76,11 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    """The bytes of a tensor's elements in order, whatever its layout; written without the package's own helpers."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    plain = plain.view(torch.uint8) if plain.dtype.itemsize == 1 else plain
+    flat = torch.empty(plain.shape, dtype=plain.dtype).copy_(plain).view(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def picture(stream: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.dtype, tuple[int, ...], bytes]]:

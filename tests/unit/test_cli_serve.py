@@ -116,17 +116,16 @@ def test_an_error_in_the_block_passes_through_and_the_server_ends() -> None:
 
 def test_a_server_that_ends_early_is_noticed_at_once_and_its_last_words_are_shown() -> None:
     began = time.monotonic()
-    with pytest.raises(RolloutError, match=r"ended with exit code 3; (?s:.*)ValueError: no such model"):
-        with serving("m", vllm_args=["--fake-exit-code", "3"], ready_timeout_s=600):
-            pytest.fail("it was never ready")
+    early = serving("m", vllm_args=["--fake-exit-code", "3"], ready_timeout_s=600)
+    with pytest.raises(RolloutError, match=r"ended with exit code 3; (?s:.*)ValueError: no such model"), early:
+        pytest.fail("it was never ready")
     assert time.monotonic() - began < WAIT_S
 
 
 def test_a_server_that_does_not_get_ready_is_stopped_at_the_deadline(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with pytest.raises(DeadlineError, match=r"not ready after 2 s(?s:.*)fake vLLM starts"):
-        with serving("m", vllm_args=["--fake-unready"], ready_timeout_s=2, log_path=log):
-            pytest.fail("it was never ready")
+    late = serving("m", vllm_args=["--fake-unready"], ready_timeout_s=2, log_path=tmp_path / "log")
+    with pytest.raises(DeadlineError, match=r"not ready after 2 s(?s:.*)fake vLLM starts"), late:
+        pytest.fail("it was never ready")
 
 
 def test_a_taken_port_is_refused_before_anything_starts() -> None:

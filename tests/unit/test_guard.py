@@ -88,7 +88,7 @@ def signed(method: str, target: str, body: bytes = b"", token: str = TOKEN) -> d
     return {auth.SIGNATURE_HEADER: auth.sign_request(token, method, target, body)}
 
 
-@pytest.mark.parametrize("path", sorted(CONTROL) + ["/unheard_of", "/", "/pause/", "/%70ause", "//pause", "/health/x"])
+@pytest.mark.parametrize("path", [*sorted(CONTROL), "/unheard_of", "/", "/pause/", "/%70ause", "//pause", "/health/x"])
 def test_a_guarded_path_needs_a_signature(guarded: RouteGuard, app: App, path: str) -> None:
     for method in ("GET", "POST", "OPTIONS"):
         response = call(guarded, path, method=method)

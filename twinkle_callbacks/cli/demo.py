@@ -16,7 +16,8 @@ from twinkle_callbacks.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `demo`."""
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="argument of recipes.demo")
+    parser.usage = "twinkle-callbacks demo [arguments of recipes.demo]"
+    parser.set_defaults(passes_on="rest")
 
 
 def run(arguments: argparse.Namespace) -> int:

