@@ -1,8 +1,7 @@
-"""One YAML schema for both recipes; reading it, `--help` and every complaint come before torch is imported."""
+"""One YAML schema for both recipes. Needs no torch, so that `--help` and every complaint come at once."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +69,7 @@ class RecipeConfig(_Section):
     """A whole run. `sync` takes exactly the settings of the callbacks."""
 
     seed: int = 0
-    steps: int = Field(100, ge=1)
+    steps: int = Field(80, ge=1)
     output_dir: Path = Path("runs/grpo")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -120,20 +119,6 @@ class RecipeConfig(_Section):
     @property
     def rollout_urls(self) -> list[str]:
         return [str(url) for url in self.sync.rollouts]
-
-
-def from_command_line(description: str, argv: Sequence[str] | None = None) -> RecipeConfig:
-    """Parses `--config FILE [--no-sync] [key=value ...]`; exits with a message for people if they are wrong."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/grpo_arithmetic.yaml")
-    parser.add_argument("--no-sync", action="store_true", help="control run: no weight sync after the one at the start")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=10 or optimizer.lr=1e-4")
-    arguments = parser.parse_args(argv)
-    try:
-        config = RecipeConfig.load(arguments.config, arguments.overrides)
-    except ConfigError as error:
-        parser.error(str(error))
-    return config.without_sync() if arguments.no_sync else config
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes.config import RecipeConfig
-from recipes.rollout import SamplingError
 from twinkle_callbacks.errors import ConfigError, TwinkleError
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = " ".join(["python -m recipes.demo", *(sys.argv[1:] if argv is None else argv)])
     try:
         return run(options, command)
-    except (TwinkleError, SamplingError) as error:
+    except TwinkleError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
 
@@ -100,12 +99,13 @@ def _configure(options: argparse.Namespace) -> RecipeConfig:
 
 def _quieten() -> None:
     """Leaves the terminal to the progress of the run, and half of the cores to the server."""
+    import lightning.pytorch  # noqa: F401 -- sets its logger's level when imported
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // 2)))
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # lightning 2.6 with torch 2.13, in lightning/pytorch/utilities/_pytree.py; goes with a lightning that asks `is_leaf()`.
+    # lightning 2.6 on torch 2.13, in lightning/pytorch/utilities/_pytree.py; until lightning asks `is_leaf()`.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="configs/grpo_arithmetic.yaml", metavar="FILE")
     parser.add_argument("--output", default="runs/demo", metavar="FOLDER")
     parser.add_argument("--seed", type=int, help="of weights and prompts (default: the configuration's)")
-    parser.add_argument("--control-steps", type=int, default=30, metavar="N", help="steps without sync (default: 30)")
+    parser.add_argument("--control-steps", type=int, default=20, metavar="N", help="steps without sync (default: 20)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=60")
     return parser
 

@@ -1,8 +1,8 @@
 """GRPO as a raw Accelerate loop, sampled from a vLLM server that `WeightSync` keeps on the newest weights.
 
     python -m recipes.prepare --config configs/grpo_arithmetic.yaml
-    twinkle-callbacks serve runs/policy --dtype float32 --max-model-len 64
-    python -m recipes.grpo_accelerate --config configs/grpo_arithmetic.yaml steps=100
+    twinkle-callbacks serve runs/policy --dtype float32 --max-model-len 64 --enforce-eager --kv-cache-memory-bytes 64M
+    python -m recipes.grpo_accelerate --config configs/grpo_arithmetic.yaml steps=80
 
 Several processes: `accelerate launch -m recipes.grpo_accelerate --config ...`, or torchrun; each samples its share.
 """
@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from recipes.config import RecipeConfig, from_command_line
+from recipes import cli
+from recipes.config import RecipeConfig
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +26,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the configuration says and prints what came of it."""
-    config = from_command_line("GRPO with Accelerate on a synced vLLM server.", argv)
-    history = train(config)
-    if history.records:
-        print(history.summary())
-    return 0
+    return cli.run("GRPO with Accelerate on a synced vLLM server.", argv, lambda config: train(config).conclude())
 
 
 def train(config: RecipeConfig) -> History:

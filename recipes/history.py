@@ -14,7 +14,7 @@ from twinkle_callbacks.report import SyncReport
 if TYPE_CHECKING:
     from recipes.experience import Experience
 
-_WINDOW = 10
+WINDOW = 10
 
 
 class StepRecord(BaseModel):
@@ -95,22 +95,23 @@ class History:
     @property
     def reward_first(self) -> float:
         """Mean reward of the first ten records."""
-        return fmean(r.reward for r in self.records[:_WINDOW])
+        return fmean(r.reward for r in self.records[:WINDOW])
 
     @property
     def reward_last(self) -> float:
         """Mean reward of the last ten records."""
-        return fmean(r.reward for r in self.records[-_WINDOW:])
+        return fmean(r.reward for r in self.records[-WINDOW:])
 
     @property
     def versions(self) -> list[str]:
         """Each weight version that the server reported, once, in order of appearance."""
         return list(dict.fromkeys(r.server_version for r in self.records))
 
-    def summary(self) -> str:
-        """One line for the end of a run."""
-        gap = max(r.logprob_gap for r in self.records)
-        return (
-            f"reward {self.reward_first:.3f} -> {self.reward_last:.3f} (means of {_WINDOW} steps), largest logprob gap "
-            f"{gap:.1e}, {len(self.versions)} weight versions seen on the server"
-        )
+    def conclude(self) -> None:
+        """Prints one line for the end of the run."""
+        if self.records:
+            gap = max(record.logprob_gap for record in self.records)
+            print(
+                f"reward {self.reward_first:.3f} -> {self.reward_last:.3f} (means of {WINDOW} steps), largest logprob "
+                f"gap {gap:.1e}, {len(self.versions)} weight versions seen on the server"
+            )

@@ -18,6 +18,7 @@ from recipes import arithmetic
 from recipes.arithmetic import Problem
 from recipes.config import ModelConfig
 from recipes.grpo import token_logprobs
+from twinkle_callbacks.errors import ConfigError
 
 transformers.utils.logging.disable_progress_bar()  # for reading and writing two megabytes
 
@@ -65,7 +66,7 @@ def warm_up(
     """Trains on right answers until sampling would be right with probability `config.warmup_accuracy`.
 
     Raises:
-        RuntimeError: that accuracy was not reached within `config.warmup_max_steps`.
+        ConfigError: that accuracy was not reached within `config.warmup_max_steps`.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup_lr, weight_decay=0.0)
     started, accuracy = time.perf_counter(), 0.0
@@ -84,7 +85,7 @@ def warm_up(
                 progress(step, accuracy)
             if accuracy >= config.warmup_accuracy:
                 return WarmUp(step, accuracy, time.perf_counter() - started)
-    raise RuntimeError(
+    raise ConfigError(
         f"the warm-up reached an accuracy of {accuracy:.2f} in {config.warmup_max_steps} steps, not "
         f"{config.warmup_accuracy}; raise model.warmup_max_steps or model.warmup_lr"
     )
@@ -107,10 +108,10 @@ def load_policy(folder: Path) -> Qwen3ForCausalLM:
     """The policy of a folder, in float32 on the CPU.
 
     Raises:
-        FileNotFoundError: there is no checkpoint; says how to make one.
+        ConfigError: there is no checkpoint; says how to make one.
     """
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"no policy in {folder}; make it with: python -m recipes.prepare --config FILE")
+        raise ConfigError(f"no policy in {folder}; make it with: python -m recipes.prepare --config FILE")
     return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).train()
 
 

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from recipes.config import RecipeConfig, from_command_line
+from recipes import cli
+from recipes.config import RecipeConfig
 
 if TYPE_CHECKING:
     from recipes.policy import WarmUp
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the policy's folder and says what to run next."""
-    config = from_command_line("Makes and warms up the policy of a recipe.", argv)
-    prepare(config)
-    print(f"now serve it: twinkle-callbacks serve {config.model.path} --dtype float32 --max-model-len 64")
-    return 0
+    return cli.run("Makes and warms up the policy of a recipe.", argv, _prepare_and_advise)
 
 
 def prepare(config: RecipeConfig) -> WarmUp:
@@ -38,6 +36,14 @@ def prepare(config: RecipeConfig) -> WarmUp:
         flush=True,
     )
     return done
+
+
+def _prepare_and_advise(config: RecipeConfig) -> None:
+    prepare(config)
+    print(
+        f"now serve it: twinkle-callbacks serve {config.model.path} --dtype float32 --max-model-len 64 --enforce-eager "
+        f"--kv-cache-memory-bytes 64M"
+    )
 
 
 def _show(step: int, accuracy: float) -> None:

@@ -10,12 +10,10 @@ from typing import Any
 
 import httpx
 
+from twinkle_callbacks.errors import DeadlineError, RolloutError, RolloutUnreachableError
+
 # Explicit, so that no generation_config.json bends the distribution that the logprobs are taken from.
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "logprobs": 0, "return_token_ids": True}
-
-
-class SamplingError(RuntimeError):
-    """A rollout did not answer in time, answered with an error, or left out what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,31 @@ class Completion:
 class Sampler:
     """Draws completions from one or several servers with the same weights; prompts are split between them.
 
-    Every request ends within `timeout_s` or raises `SamplingError`.
+    Args:
+        urls: addresses of the servers.
+        max_tokens: longest completion, in tokens.
+        timeout_s: seconds that one request may take.
+        transport: in place of the network, for tests.
+
+    Raises:
+        DeadlineError: a server did not answer in time.
+        RolloutUnreachableError: nobody answers there.
+        RolloutError: a server answered with an error, or left out what was asked for.
     """
 
-    def __init__(self, urls: Sequence[str], *, max_tokens: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        max_tokens: int,
+        timeout_s: float,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         self._parameters = _SAMPLING | {"max_tokens": max_tokens}
         self._timeout_s = timeout_s
-        self._clients = [httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) for url in urls]
+        self._clients = [
+            httpx.Client(base_url=url, timeout=timeout_s, transport=transport, trust_env=False) for url in urls
+        ]
         self._threads = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="sampler")
 
     def sample(self, prompts: Sequence[list[int]], per_prompt: int) -> list[Completion]:
@@ -62,7 +78,7 @@ class Sampler:
         """The weight version that the servers themselves say they serve; an error if they differ."""
         versions = {str(c.base_url): str(self._call(c, "GET", "/weight_info")["weight_version"]) for c in self._clients}
         if len(set(versions.values())) > 1:
-            raise SamplingError(f"the servers hold different weight versions: {versions}")
+            raise RolloutError(f"the servers hold different weight versions: {versions}")
         return next(iter(versions.values()))
 
     def close(self) -> None:
@@ -82,24 +98,24 @@ class Sampler:
         answer = self._call(client, "POST", "/v1/completions", {"prompt": prompts, "n": per_prompt, **self._parameters})
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != len(prompts) * per_prompt:
-            raise SamplingError(f"{client.base_url} sent {len(choices)} completions for {len(prompts)} x {per_prompt}")
+            raise RolloutError(f"{client.base_url} sent {len(choices)} completions for {len(prompts)} x {per_prompt}")
         return [_completion(prompts[i // per_prompt], choice) for i, choice in enumerate(choices)]
 
     def _call(self, client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        where = f"{method} {client.base_url}{path}"
         try:
             response = client.request(method, path, json=body)
-        except httpx.HTTPError as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise SamplingError(f"{method} {client.base_url}{path} within {self._timeout_s} s: {reason}") from error
+        except httpx.TimeoutException as error:
+            raise DeadlineError(f"{where} was not answered within {self._timeout_s:g} s") from error
+        except httpx.TransportError as error:
+            raise RolloutUnreachableError(f"{where}: {error}; start a server with: twinkle-callbacks serve") from error
         if response.is_error:
-            raise SamplingError(
-                f"{method} {client.base_url}{path} answered {response.status_code}: {response.text[:500]}"
-            )
+            raise RolloutError(f"{where} answered {response.status_code}: {response.text[:500]}")
         return response.json()
 
 
 def _completion(prompt_ids: list[int], choice: dict[str, Any]) -> Completion:
     token_ids, logprobs = choice["token_ids"], (choice["logprobs"] or {}).get("token_logprobs", [])
     if not token_ids or len(token_ids) != len(logprobs):
-        raise SamplingError(f"a completion came with {len(logprobs)} logprobs for the tokens {token_ids}")
+        raise RolloutError(f"a completion came with {len(logprobs)} logprobs for the tokens {token_ids}")
     return Completion(prompt_ids, list(token_ids), list(logprobs), choice["text"])

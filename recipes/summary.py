@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from recipes.config import RecipeConfig
-from recipes.history import StepRecord
+from recipes.history import WINDOW, StepRecord
 
 if TYPE_CHECKING:
     from recipes.policy import WarmUp
 
 MIN_REWARD_GAIN = 0.2
 MAX_LOGPROB_GAP = 0.05
-_WINDOW = 10
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,9 @@ def summarize(runs: Runs) -> Summary:
         framework="lightning",
         steps=runs.config.steps,
         versions_committed=len({record.server_version for record in runs.synced}),
-        reward_first=fmean(record.reward for record in runs.synced[:_WINDOW]),
-        reward_last=fmean(record.reward for record in runs.synced[-_WINDOW:]),
-        reward_last_without_sync=fmean(record.reward for record in runs.control[-_WINDOW:]),
+        reward_first=fmean(record.reward for record in runs.synced[:WINDOW]),
+        reward_last=fmean(record.reward for record in runs.synced[-WINDOW:]),
+        reward_last_without_sync=fmean(record.reward for record in runs.control[-WINDOW:]),
         logprob_gap_max=max(record.logprob_gap for record in runs.synced),
         logprob_gap_without_sync=[record.logprob_gap for record in runs.control],
         sync_seconds_median=median(record.sync_s or 0.0 for record in syncs),
@@ -119,7 +118,7 @@ def show(summary: Summary, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Lightning GRPO, sampled from a vLLM server that is synced after each optimizer step")
+    table = Table(title="Lightning GRPO on a vLLM server, synced after each step")
     for heading in ("measured", "value", "expected"):
         table.add_column(heading, justify="left" if heading == "measured" else "right")
     control_gap = summary.logprob_gap_without_sync
@@ -151,17 +150,17 @@ def _checks(summary: Summary) -> list[tuple[bool, str]]:
         ),
         (
             summary.logprob_gap_max < MAX_LOGPROB_GAP,
-            f"right after a sync the server's logprobs were {summary.logprob_gap_max:.3f} off the trainer's, allowed is "
-            f"{MAX_LOGPROB_GAP}: it does not hold the trainer's weights",
+            f"right after a sync the logprobs of server and trainer were {summary.logprob_gap_max:.3f} apart, not less "
+            f"than {MAX_LOGPROB_GAP}: the server does not hold the trainer's weights",
         ),
         (
             summary.versions_committed == summary.steps + 1,
-            f"the server reported {summary.versions_committed} weight versions, not {summary.steps + 1}: pushes are missing",
+            f"the server reported {summary.versions_committed} weight versions, expected were {summary.steps + 1}",
         ),
         (
             last_gap > max(MAX_LOGPROB_GAP, 10 * summary.logprob_gap_max),
-            f"without sync the logprob gap ended at {last_gap:.1e}, as small as with it: the control shows nothing; give "
-            f"it more steps with --control-steps",
+            f"without sync the logprob gap ended at {last_gap:.1e}, as small as with it: the control shows nothing; "
+            f"give it more steps with --control-steps",
         ),
     ]
 

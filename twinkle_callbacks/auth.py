@@ -66,6 +66,7 @@ def _create(path: Path) -> None:
 
 
 def nonce() -> bytes:
+    """Fresh random bytes, to be used once."""
     return secrets.token_bytes(NONCE_BYTES)
 
 
@@ -103,7 +104,9 @@ def check_request(token: str, header: str, method: str, target: str, body: bytes
     if not verify(_request_mac(token, method, target, body, stamp, fresh), given):
         raise AuthenticationError("the request is signed with another token than the server's")
     if not age_s <= MAX_CLOCK_SKEW_S:
-        raise AuthenticationError(f"the request was signed {age_s:.0f} s away from the server's clock; synchronize the clocks")
+        raise AuthenticationError(
+            f"the request was signed {age_s:.0f} s away from the server's clock; synchronize the clocks"
+        )
     return fresh
 
 

@@ -83,7 +83,9 @@ class SyncSettings(BaseModel):
     def _available(self) -> SyncSettings:
         for (name, value), what in _NOT_YET.items():
             if getattr(self, name) == value:
-                raise ValueError(f"{name}={value!r}: {what} is not available in this version; leave {name} at its default")
+                raise ValueError(
+                    f"{name}={value!r}: {what} is not available in this version; leave {name} at its default"
+                )
         if self.adapter_name is not None:
             raise ValueError("adapter_name is for adapter-only sync, which is not available in this version")
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -19,7 +19,15 @@ from twinkle_callbacks import auth
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.engines import get_engine
 from twinkle_callbacks.engines.base import CheckpointEngine
-from twinkle_callbacks.errors import ConfigError, RolloutError, SyncError, TwinkleError, from_wire
+from twinkle_callbacks.errors import (
+    ConfigError,
+    DeadlineError,
+    RolloutError,
+    RolloutUnreachableError,
+    SyncError,
+    TwinkleError,
+    from_wire,
+)
 from twinkle_callbacks.report import ReplicaReport
 from twinkle_callbacks.rollouts import Rollout, open_rollout
 from twinkle_callbacks.worker.messages import ABORT, RECEIVE, Committed, Joined, JoinRequest, Staged
@@ -54,19 +62,19 @@ class Fleet:
         self.replicas: list[Replica] = []
         self._token = auth.load_token(settings.token)
         self._push = 0
-        self._stale: set[str] = set()
 
     def connect(self) -> None:
         """The handshake: joins every worker of every rollout into one new group.
 
         Raises:
-            ConfigError, RolloutError, AuthenticationError, EngineError, DeadlineError: says which rollout and what to change.
+            ConfigError, RolloutError, AuthenticationError, EngineError, DeadlineError: says which and what to change.
         """
         self.disconnect()
         settings = self.settings
         rollouts = [open_rollout(r, token=self._token, timeout_s=settings.timeout_s) for r in settings.rollouts]
         first_rank = 1
-        for rollout, size in zip(rollouts, _in_parallel([r.world_size for r in rollouts]), strict=True):
+        for rollout in rollouts:
+            size = rollout.world_size()
             self.replicas.append(Replica(rollout, range(first_rank, first_rank + size)))
             first_rank += size
         engine = self.engine = self._make_engine(rollouts)
@@ -103,6 +111,7 @@ class Fleet:
             world_size=world_size,
             bucket_size=self.settings.bucket_size_bytes,
             timeout_s=self.settings.timeout_s,
+            verify=self.settings.verify != "off",
         )
         return request.signed(self._token)
 
@@ -155,31 +164,47 @@ class Fleet:
         return self.replicas[0].staged[0].digest
 
     def commit(self, version: int) -> list[ReplicaReport]:
-        """Pauses, commits on every rollout, sets the version, resumes."""
-        settings = self.settings
-        keep_cache = settings.stale_kv == "keep"
-        self._each(lambda replica: self._pause(replica, settings.pause_mode, clear_cache=not keep_cache))
-        self._each(self._finish)
+        """Pauses, commits on every rollout, sets the version, resumes.
+
+        Raises:
+            SyncError: some did not commit. Those that did serve the new version; the error names the others.
+        """
+        keep_cache = self.settings.stale_kv == "keep"
+        self._each(lambda replica: self._pause(replica, self.settings.pause_mode, clear_cache=not keep_cache))
+        failures = self._attempt_each(self._finish)
         reports = []
-        for replica, committed in zip(self.replicas, self._receipts(f"committed-{self._push}", Committed), strict=True):
-            replica.intact = all(worker.intact for worker in committed)
-            _raise_failure(replica, committed, "commit")
-            seconds = max(worker.seconds for worker in committed)
-            staged = replica.staged[0]
-            reports.append(ReplicaReport(replica.name, version, staged.digest, staged.tensors, seconds))
-        self._each(lambda replica: replica.rollout.set_version(version))
-        if not keep_cache:
-            self._each(lambda replica: replica.rollout.reset_cache())
-        self._stale.clear()
+        for replica in [r for r in self.replicas if id(r) not in failures]:
+            try:
+                reports.append(self._read_commit(replica, version))
+            except TwinkleError as error:
+                failures[id(replica)] = error
+        for replica in [r for r in self.replicas if id(r) not in failures]:
+            replica.rollout.set_version(version)
+            if not keep_cache:
+                replica.rollout.reset_cache()
+        if failures:
+            raise next(iter(failures.values()))
         self._each(self._resume)
         return reports
+
+    def _read_commit(self, replica: Replica, version: int) -> ReplicaReport:
+        committed = self._receipts_of(replica, f"committed-{self._push}", Committed)
+        replica.intact = all(worker.intact for worker in committed)
+        _raise_failure(replica, committed, "commit")
+        staged = replica.staged[0]
+        seconds = max(worker.seconds for worker in committed)
+        return ReplicaReport(replica.name, version, staged.digest, staged.tensors, seconds)
 
     def _pause(self, replica: Replica, mode: str, *, clear_cache: bool) -> None:
         replica.rollout.pause(mode, clear_cache=clear_cache)
         replica.paused = True
 
     def _finish(self, replica: Replica) -> None:
-        replica.rollout.finish()
+        try:
+            replica.rollout.finish()
+        except (DeadlineError, RolloutUnreachableError):
+            replica.intact = False  # nobody knows how far it came
+            raise
         replica.in_update = False
 
     def _resume(self, replica: Replica) -> None:
@@ -195,7 +220,8 @@ class Fleet:
     def abort(self) -> None:
         """After a failure: closes open sessions and resumes every rollout whose weights are whole, old or new.
 
-        A rollout whose commit broke off stays paused until a push succeeds. Logs what cannot be put in order; raises nothing.
+        A rollout whose commit broke off stays paused until a push succeeds. Logs what it cannot put in order; raises
+        nothing.
         """
         for replica in self.replicas:
             try:
@@ -203,7 +229,6 @@ class Fleet:
                 if replica.intact:
                     self._resume(replica)
                 else:
-                    self._stale.add(replica.name)
                     logger.error("%s failed in the commit and stays paused until the next push succeeds", replica.name)
             except TwinkleError as error:
                 logger.error("%s could not be put in order: %s", replica.name, error)
@@ -219,29 +244,41 @@ class Fleet:
         self.replicas = []
 
     def _receipts(self, topic: str, kind: type[T]) -> list[list[T]]:
+        return [self._receipts_of(replica, topic, kind) for replica in self.replicas]
+
+    def _receipts_of(self, replica: Replica, topic: str, kind: type[T]) -> list[T]:
         assert self.engine is not None
-        last = self.replicas[-1].ranks.stop
-        messages = self.engine.collect_receipts(topic, range(1, last))
-        return [[msgspec.msgpack.decode(messages[rank], type=kind) for rank in r.ranks] for r in self.replicas]
+        messages = self.engine.collect_receipts(topic, replica.ranks)
+        return [msgspec.msgpack.decode(messages[rank], type=kind) for rank in replica.ranks]
 
     def _each(self, call: Callable[[Replica], None]) -> None:
-        _in_parallel([lambda replica=replica: call(replica) for replica in self.replicas])  # type: ignore[misc]
+        for error in self._attempt_each(call).values():
+            raise error
+
+    def _attempt_each(self, call: Callable[[Replica], None]) -> dict[int, TwinkleError]:
+        """Calls all rollouts side by side and waits for all; the errors by the id of the replica."""
+
+        def attempt(replica: Replica) -> TwinkleError | None:
+            try:
+                call(replica)
+            except TwinkleError as error:
+                return error
+            return None
+
+        if len(self.replicas) == 1:  # stays on the caller's thread, for an engine in this process
+            outcomes = [attempt(self.replicas[0])]
+        else:
+            with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="twinkle-rollout") as pool:
+                outcomes = list(pool.map(attempt, self.replicas))
+        return {id(r): error for r, error in zip(self.replicas, outcomes, strict=True) if error is not None}
 
 
 def _raise_failure(replica: Replica, receipts: Sequence[Staged] | Sequence[Committed], phase: str) -> None:
-    for rank, receipt in zip(replica.ranks, receipts, strict=True):
+    receipts_by_rank: Iterable[tuple[int, Staged | Committed]] = zip(replica.ranks, receipts, strict=True)
+    for rank, receipt in receipts_by_rank:
         if receipt.failure is not None:
             cause = from_wire(receipt.failure.type, receipt.failure.message, RolloutError)
             raise SyncError(f"{replica.name} (rank {rank}): {cause}", phase, (replica.name,)) from cause
-
-
-def _in_parallel(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """Runs blocking calls side by side, waits for all, and raises the first error."""
-    if len(calls) == 1:
-        return [calls[0]()]
-    with ThreadPoolExecutor(len(calls), thread_name_prefix="twinkle-rollout") as pool:
-        futures = [pool.submit(call) for call in calls]
-    return [future.result() for future in futures]
 
 
 def _shape(runs: Joined) -> str:

@@ -122,7 +122,9 @@ class WeightSynchronizer:
                 raise
             logger.warning("push of version %d was skipped: %s", version, error)
             held = self.report.version if self.report else -1
-            return SyncReport(version=held, bytes=0, seconds=0.0, gather_s=0.0, transfer_s=0.0, commit_s=0.0, error=str(error))
+            return SyncReport(
+                version=held, bytes=0, seconds=0.0, gather_s=0.0, transfer_s=0.0, commit_s=0.0, error=str(error)
+            )
 
     def close(self) -> None:
         """Leaves the rollouts as they are and frees everything. Idempotent; never raises for a rollout that is gone."""
@@ -208,7 +210,9 @@ class WeightSynchronizer:
             else:
                 for _ in stream:
                     pass
-        except Exception as error:  # whatever a source raises; the leader reports it once all ranks are past the gathers
+        except (
+            Exception
+        ) as error:  # whatever a source raises; the leader reports it once all ranks are past the gathers
             return error
         return None
 
@@ -216,8 +220,9 @@ class WeightSynchronizer:
         if failure is not None:
             raise failure
         fleet = self._leading
-        assert fleet.engine is not None and fleet.engine.stats is not None
+        assert fleet.engine is not None
         stats = fleet.engine.stats
+        assert stats is not None
         digest = fleet.collect_staged()
         if digest != stats.digest:
             raise DigestMismatchError(f"the rollouts staged a stream of digest {digest}, sent was {stats.digest}")
@@ -247,7 +252,7 @@ class WeightSynchronizer:
 
 
 def _on_this_device(stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stream, pinned to this thread's accelerator in whichever thread drains it: a new thread starts on device 0."""
+    """The stream, drained on this thread's accelerator in whichever thread: a new thread starts on device 0."""
     if not torch.accelerator.is_available():
         return stream
     index = torch.accelerator.current_device_index()

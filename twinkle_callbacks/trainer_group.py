@@ -38,7 +38,7 @@ class TrainerGroup:
 
 
 def _collective_device() -> torch.device:
-    """A device on which the default group can broadcast: the CPU if it has a CPU backend, else this rank's accelerator."""
+    """A device on which the default group can broadcast: the CPU if it can, else this rank's accelerator."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or "cpu:" in torch.distributed.get_backend_config():
         return torch.device("cpu")

@@ -76,6 +76,7 @@ class LoopbackBackend(CollectiveBackend):
             self.wire = self.wires.pop(store.get("wire").decode())
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        assert nbytes <= 1 << 26, f"{nbytes} bytes are asked for"
         return torch.full((nbytes,), 0xA5, dtype=torch.uint8)
 
     def broadcast(self, buffer: torch.Tensor) -> Pending:
@@ -110,10 +111,12 @@ def messages(wire: queue.SimpleQueue[Any]) -> list[bytes]:
 
 
 @contextmanager
-def joined(bucket_size: int = 4096, **receiver_options: Any) -> Iterator[tuple[LoopbackEngine, LoopbackEngine]]:
-    """A master and a receiver in one group."""
-    master = LoopbackEngine(bucket_size, TIMEOUT_S, token=TOKEN)
-    receiver = LoopbackEngine(bucket_size, TIMEOUT_S, **{"token": TOKEN, **receiver_options})
+def joined(
+    timeout_s: float = TIMEOUT_S, bucket_size: int = 4096, verify: bool = True
+) -> Iterator[tuple[LoopbackEngine, LoopbackEngine]]:
+    """A master and a receiver in one group; `verify` is the receiver's."""
+    master = LoopbackEngine(bucket_size, timeout_s, token=TOKEN)
+    receiver = LoopbackEngine(bucket_size, timeout_s, token=TOKEN, verify=verify)
     master.is_master = True
     metadata = master.prepare()
     receiver.prepare()

@@ -26,7 +26,7 @@ class Server(ThreadingHTTPServer):
         self.answers: dict[str, tuple[int, Any]] = {
             "/weight_info": (200, {"weight_version": "default"}),
             "/is_paused": (200, {"is_paused": True}),
-            "/get_world_size": (200, {"world_size": 4}),
+            "/get_world_size": (200, {"world_size": 1}),
             "/v1/models": (200, {"data": [{"id": "policy"}, {"id": "adapter"}]}),
             "/server_info": (200, {"vllm_config": {"lora_config": {"max_loras": 1}, "weight_transfer_config": None}}),
         }
@@ -68,7 +68,7 @@ def test_the_status_is_what_the_server_says_and_each_request_is_signed_anew(serv
         version="default",
         model="policy, adapter",
         paused=True,
-        world_size=4,
+        world_size=1,
         lora=True,
         backend=None,
     )
@@ -84,7 +84,7 @@ def test_the_table_shows_every_value(server: Server, capsys: pytest.CaptureFixtu
         ["version", "default"],
         ["model", "policy, adapter"],
         ["paused", "yes"],
-        ["world size", "4"],
+        ["world size", "1"],
         ["lora", "yes"],
         ["backend", "none"],
     ]

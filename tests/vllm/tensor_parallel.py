@@ -1,4 +1,4 @@
-"""An engine with two tensor-parallel workers that loads $FOLDER and, with $MODE=synced, is synced to the policy of seed 1.
+"""An engine with two tensor-parallel workers that loads $FOLDER and, with $MODE=synced, gets the policy of seed 1.
 
 Writes what it then answers to $OUTPUT.
 """

@@ -67,7 +67,9 @@ def test_wrong_tensors_are_all_listed_and_leave_the_old_weights_serving(
     assert llm.get_weight_version() == "1"
 
 
-def test_an_error_in_the_middle_of_a_sync_keeps_the_old_weights_and_the_next_push_succeeds(llm: Any, tmp_path: Path) -> None:
+def test_an_error_in_the_middle_of_a_sync_keeps_the_old_weights_and_the_next_push_succeeds(
+    llm: Any, tmp_path: Path
+) -> None:
     policy = build("qwen3", seed=5)
 
     class Breaking(WeightSource):
@@ -104,7 +106,9 @@ def test_cached_prefixes_are_dropped_or_kept_as_the_setting_says(llm: Any, stale
 
     prompt = [{"prompt_token_ids": list(range(3, 43))}]
     sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
-    with WeightSynchronizer(build("qwen3", seed=7), rollouts=LocalRollout(llm), stale_kv=stale_kv, timeout_s=60) as sync:
+    with WeightSynchronizer(
+        build("qwen3", seed=7), rollouts=LocalRollout(llm), stale_kv=stale_kv, timeout_s=60
+    ) as sync:
         llm.generate(prompt, sampling, use_tqdm=False)
         sync.push(version=1)
         output = llm.generate(prompt, sampling, use_tqdm=False)[0]

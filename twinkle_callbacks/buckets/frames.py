@@ -3,7 +3,7 @@
     frame = control block (64 bytes) + header (msgpack, `header_bytes`) + payload (`payload_bytes`)
 
 A BUCKET frame describes the tensors in its payload; a layout that was sent before travels as its hash alone. An END
-frame carries the digests; an ERROR frame the sender's error. Lengths come first, so nothing is ever sent that is not used.
+frame carries the digests; an ERROR frame the sender's error. Lengths come first, so only used bytes are sent.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class Kind(enum.IntEnum):
 class Entry(msgspec.Struct, frozen=True, array_like=True):
     """One tensor, or one chunk of a tensor, in a bucket's payload.
 
-    `offset` counts bytes in the payload, `start` bytes in the tensor; the chunk is the whole tensor when it starts at 0
-    and `nbytes` is the tensor's size.
+    `offset` counts bytes in the payload, `start` bytes in the tensor.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 class End(msgspec.Struct, frozen=True):
     """Header of the END frame.
 
-    `digests` holds the 64-bit digest of each tensor in stream order, little-endian; empty when the sender computes none.
+    `digests` holds the 64-bit digest of each tensor in stream order, little-endian; empty if the sender computes none.
     """
 
     tensors: int

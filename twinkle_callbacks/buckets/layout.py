@@ -1,7 +1,7 @@
 """Where each tensor lies in the stream of buckets: a pure plan, made one tensor at a time, without torch.
 
-A bucket is a run of at most `bucket_bytes` bytes. Tensors start at multiples of `ALIGNMENT_BYTES`, so that a bucket's
-bytes can be viewed in any dtype. A tensor that fits into an empty bucket is never split; a larger one travels in chunks.
+A bucket is a run of at most `bucket_bytes` bytes. Tensors start at multiples of `ALIGNMENT_BYTES`, so that its bytes
+can be viewed in any dtype. A tensor that fits into an empty bucket is never split; a larger one travels in chunks.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def memory(buffer: torch.Tensor) -> memoryview:
     """The memory of a flat uint8 CPU tensor."""
-    return memoryview(buffer.numpy())
+    return memoryview(buffer.numpy())  # type: ignore[arg-type]  # an array is a buffer; numpy 2.3's stubs do not say so
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype on the wire, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -36,6 +37,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def nbytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a contiguous tensor of this dtype and shape."""
     return math.prod(shape) * dtype.itemsize
 
 

@@ -34,10 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     from twinkle_callbacks.sources.checkpoint import CheckpointSource
     from twinkle_callbacks.sync import WeightSynchronizer
 
+    checkpoint = CheckpointSource(arguments.checkpoint)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(f"pushing {arguments.checkpoint}")
-        source = CountedSource(CheckpointSource(arguments.checkpoint), lambda nbytes: progress.advance(task, nbytes))
+        source = CountedSource(checkpoint, lambda nbytes: progress.advance(task, nbytes))
         progress.update(task, total=source.total_bytes)
         synchronizer = WeightSynchronizer(
             source,

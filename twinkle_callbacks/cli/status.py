@@ -59,9 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     table = Table(show_header=False)
     for name, value in status.items():
-        table.add_row(name.replace("_", " "), {True: "yes", False: "no", None: "none"}.get(value, str(value)))
+        table.add_row(name.replace("_", " "), _shown(value))
     Console().print(table)
     return 0
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def fetch_status(url: str, *, timeout_s: float = 30.0) -> ServerStatus:

@@ -69,7 +69,7 @@ class CheckpointEngine(ABC):
 
         Args:
             bucket_size: bytes of one wire bucket, a multiple of 512; the same on every rank.
-            timeout: seconds that one blocking operation may take. Default: `$TWINKLE_CKPT_HCCL_META_TIMEOUT_S`, else 300.
+            timeout: seconds one blocking operation may take. Default: `$TWINKLE_CKPT_HCCL_META_TIMEOUT_S`, else 300.
             token: shared secret. Default: `$TWINKLE_TOKEN`, else the user's token file.
             host: on the master, the address it listens on and receivers reach it at.
             verify: compute digests: on the master of what it sends, on receivers of what arrived, compared there.
@@ -105,12 +105,12 @@ class CheckpointEngine(ABC):
             metadata: what `prepare()` returned on each trainer rank; the master's is used.
         """
         world_size = rollout_world_size + 1
-        trainer = {
+        trainer: dict[str, list[Any]] = {
             "rank": [0] + [-1] * (trainer_world_size - 1),
             "world_size": [world_size] * trainer_world_size,
             "master_metadata": [metadata[0]] * trainer_world_size,
         }
-        rollout = {
+        rollout: dict[str, list[Any]] = {
             "rank": list(range(1, world_size)),
             "world_size": [world_size] * rollout_world_size,
             "master_metadata": [metadata[0]] * rollout_world_size,
@@ -131,12 +131,12 @@ class CheckpointEngine(ABC):
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Sends a stream of named tensors; on ranks that are not the master it only drains `weights`.
 
-        A tensor is read before the next one is requested. Returns when every receiver has acknowledged; `stats` then
-        tells what was sent. Any dtype that torch can view as bytes; any shape; contiguous or not; CPU or the engine's
-        device.
+        A tensor is read before the next one is requested. Returns when every receiver has acknowledged; `stats`
+        then tells what was sent. Any dtype that torch can view as bytes; any shape; contiguous or not; on the CPU or
+        the engine's device.
 
         Raises:
-            Whatever `weights` raises, after telling the receivers; `EngineError`, `DeadlineError`, `DigestMismatchError`.
+            Whatever `weights` raises, after telling the receivers; EngineError, DeadlineError, DigestMismatchError.
         """
 
     @abstractmethod

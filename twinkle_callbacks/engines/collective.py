@@ -96,7 +96,9 @@ class CollectiveCheckpointEngine(CheckpointEngine):
         self._backend.connect(
             self._rendezvous.group_store(), self._rank, self._world_size, host=host, timeout_s=self.timeout_s
         )
-        logger.info("engine %s: rank %d of %d joined session %s", self.name, self._rank, self._world_size, metadata.session)
+        logger.info(
+            "engine %s: rank %d of %d joined session %s", self.name, self._rank, self._world_size, metadata.session
+        )
 
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self._rank is None:
@@ -120,13 +122,17 @@ class CollectiveCheckpointEngine(CheckpointEngine):
         except EngineError as error:
             raise self._explain(error) from error
         finally:
-            _exhaust(iterator)  # every trainer rank takes part in each gather, so the rest is drained even after a failure
+            _exhaust(
+                iterator
+            )  # every trainer rank takes part in each gather, so the rest is drained even after a failure
         for rank, data in acks.items():
             ack = msgspec.msgpack.decode(data, type=Ack)
             if ack.failure is not None:
                 raise from_wire(ack.failure.type, f"rank {rank}: {ack.failure.message}")
             if ack.digest and stats.digest and ack.digest != stats.digest:
-                raise DigestMismatchError(f"rank {rank} received a stream of digest {ack.digest}, sent was {stats.digest}")
+                raise DigestMismatchError(
+                    f"rank {rank} received a stream of digest {ack.digest}, sent was {stats.digest}"
+                )
         self.stats = stats
 
     def _explain(self, error: EngineError) -> EngineError:
@@ -200,6 +206,8 @@ class CollectiveCheckpointEngine(CheckpointEngine):
     def finalize(self) -> None:
         thread, self._thread = self._thread, None
         backend, self._backend = self._backend, None
+        if self._receiver is not None:
+            self._receiver.close()
         self._sender = self._receiver = None
         self._rendezvous = None
         self._rank, self._streams, self._poison = None, 0, None

@@ -24,7 +24,7 @@ class _GlooWork:
         try:
             self._work.wait()
         except RuntimeError as error:
-            # Gloo has no error types; its texts are in gloo/transport/tcp: "Timed out waiting ...", "Connection closed ..."
+            # Gloo has no error types, only texts such as "Timed out waiting" (gloo/transport/tcp).
             if "timed out" in str(error).lower():
                 raise DeadlineError(
                     f"a broadcast took longer than {self._timeout_s:g} s: a peer is stuck or slow; "
@@ -46,7 +46,7 @@ class GlooBackend(CollectiveBackend):
     def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
         from torch.distributed import ProcessGroupGloo
 
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # absent from torch's stubs
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=timeout_s)
         self._timeout_s = timeout_s

@@ -1,12 +1,16 @@
 """Receivers' end of the wire: reads frames into two buckets in turn and hands out views into them.
 
 A tensor that came whole is not copied at all; one that came in chunks is put together in a tensor of its own. Views of
-a layout that comes again are kept. Runs on the engine's thread.
+a layout that comes again are kept. Runs on the engine's thread; digests are computed on one more, while the next bucket
+comes in.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,7 +42,14 @@ class FrameReceiver:
         self._layouts: list[dict[bytes, _Layout]] = [{}, {}]
         self._sequence = 0
         self._side = 0
+        self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if verify else None
+        self._digesting: tuple[list[Future[None]], ...] = ([], [], [])  # of either buffer, and of chunked tensors
         self._start_stream()
+
+    def close(self) -> None:
+        """Ends the digest thread."""
+        if self._digester is not None:
+            self._digester.shutdown(wait=False, cancel_futures=True)
 
     def _start_stream(self) -> None:
         self.end: End | None = None
@@ -93,6 +104,7 @@ class FrameReceiver:
 
     def _receive_bucket(self, entries: list[Entry], control: Control) -> NamedTensors:
         self._side = side = 1 - self._side
+        self._wait_digests(self._digesting[side])  # of the bucket that was in this buffer before
         if control.payload_bytes > self._buffers[side].numel():
             self._layouts[side].clear()
             self._buffers[side] = self._backend.allocate(control.payload_bytes)
@@ -102,9 +114,8 @@ class FrameReceiver:
         if layout is None and all(_is_whole(entry) for entry in entries):
             layout = self._layouts[side][control.layout] = self._view_all(self._buffers[side], entries)
         if layout is None:
-            return [item for entry in entries for item in self._unpack(self._buffers[side], entry)]
-        if self._verify:
-            self.digest.add_tensors((name for name, _ in layout.tensors), layout.data)
+            return [item for entry in entries for item in self._unpack(side, entry)]
+        self._digest(side, self.digest.add_tensors, [name for name, _ in layout.tensors], layout.data)
         return layout.tensors
 
     def _view_all(self, buffer: torch.Tensor, entries: list[Entry]) -> _Layout:
@@ -112,11 +123,11 @@ class FrameReceiver:
         data = [memory(buffer)[e.offset : e.offset + e.nbytes] for e in entries] if self._verify else []
         return _Layout(tensors, data)
 
-    def _unpack(self, buffer: torch.Tensor, entry: Entry) -> NamedTensors:
+    def _unpack(self, side: int, entry: Entry) -> NamedTensors:
+        buffer = self._buffers[side]
         source = buffer[entry.offset : entry.offset + entry.nbytes]
         if _is_whole(entry):
-            if self._verify:
-                self.digest.add_tensors([entry.name], [memory(source)])
+            self._digest(side, self.digest.add_tensors, [entry.name], [memory(source)])
             return [(entry.name, view_at(buffer, entry.offset, dtype_of(entry.dtype), entry.shape))]
         place = self._place_of(entry)
         place.copy_(source)
@@ -139,14 +150,25 @@ class FrameReceiver:
         end = entry.start + entry.nbytes
         assert self._partial is not None
         flat = self._partial[1]
-        if self._verify:
-            self.digest.add_chunk(entry.name, memory(chunk), first=entry.start == 0, last=end == flat.numel())
+        first, last = entry.start == 0, end == flat.numel()
+        self._digest(-1, partial(self.digest.add_chunk, first=first, last=last), entry.name, memory(chunk))
         if end < flat.numel():
             return []
         self._partial = None
         return [(entry.name, flat.view(dtype_of(entry.dtype)).view(entry.shape))]
 
+    def _digest(self, side: int, add: Callable[[Any, Any], None], names: Any, data: Any) -> None:
+        if self._digester is not None:
+            self._digesting[side].append(self._digester.submit(add, names, data))
+
+    def _wait_digests(self, pending: list[Future[None]]) -> None:
+        for future in pending:
+            future.result()
+        pending.clear()
+
     def _finish(self, end: End) -> None:
+        for pending in self._digesting:
+            self._wait_digests(pending)
         if self._partial is not None or (end.tensors, end.payload_bytes) != (self._tensors, self._payload_bytes):
             raise ProtocolError(
                 f"the stream ended after {self._tensors} tensors and {self._payload_bytes} bytes; "

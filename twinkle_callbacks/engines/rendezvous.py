@@ -21,7 +21,14 @@ import msgspec
 
 from twinkle_callbacks import auth
 from twinkle_callbacks.buckets.frames import PROTOCOL_VERSION, Failure
-from twinkle_callbacks.errors import AuthenticationError, ConfigError, DeadlineError, EngineError, TwinkleError, from_wire
+from twinkle_callbacks.errors import (
+    AuthenticationError,
+    ConfigError,
+    DeadlineError,
+    EngineError,
+    TwinkleError,
+    from_wire,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -39,6 +46,8 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(msgspec.Struct, frozen=True):
+    """A receiver's request to enter, and what it must agree on with the master."""
+
     rank: int
     world_size: int
     bucket_size: int
@@ -47,6 +56,8 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True):
+    """The master's answer to all: every rank's nonce and proof of the token, or why the session ends."""
+
     nonces: list[bytes]
     mac: bytes
     failure: Failure | None = None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from twinkle_callbacks.buckets.digest import StreamDigest
-from twinkle_callbacks.buckets.frames import CONTROL_BYTES, Control, End, Entry, Failure, Kind, encode, layout_hash
+from twinkle_callbacks.buckets.frames import Control, End, Entry, Failure, Kind, encode, layout_hash
 from twinkle_callbacks.buckets.layout import BucketPlanner, Chunk
 from twinkle_callbacks.buckets.packing import as_bytes, dtype_name, memory, view_at
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
@@ -96,10 +96,9 @@ class FrameSender:
         """The plan's step for this tensor; plans anew from here on if the stream differs from the one before."""
         if index < len(self._plan):
             step = self._plan[index]
-            direct = not step.chunks
-            if step.name == name and step.dtype is tensor.dtype and step.shape == tensor.shape:
-                if direct is self._is_direct(tensor):
-                    return step
+            same = step.name == name and step.dtype is tensor.dtype and step.shape == tensor.shape
+            if same and self._is_direct(tensor) is not bool(step.chunks):
+                return step
             del self._plan[index:]
             self._headers.clear()
         step = self._plan_tensor(index, name, tensor)
@@ -182,7 +181,7 @@ class FrameSender:
         self._bucket.used = entry.offset + entry.nbytes
 
     def _flush(self, following: int) -> None:
-        """Sends the open bucket and opens number `following`; the payload stays on the wire while that one is filled."""
+        """Sends the open bucket and opens number `following`; the payload is on the wire while that one is filled."""
         bucket, self._bucket = self._bucket, _Bucket(following)
         if not bucket.entries:
             return

@@ -9,9 +9,9 @@ from typing import Any
 class Rollout(ABC):
     """One vLLM engine with all its workers, reached over HTTP or in process.
 
-    Trainer rank 0 calls every method, each from one thread at a time; different rollouts from different threads. A push is
-    `start`, `update` (the workers receive meanwhile), `pause`, `finish`, `set_version`, `reset_cache`, `resume`. Every
-    method ends within the rollout's timeout and raises `RolloutError` when vLLM refuses.
+    Trainer rank 0 calls every method, each from one thread at a time; different rollouts from different threads. A push
+    is `start`, `update` (the workers receive meanwhile), `pause`, `finish`, `set_version`, `reset_cache`, `resume`.
+    Every method ends within the rollout's timeout and raises `RolloutError` when vLLM refuses.
 
     Attributes:
         name: what people call it: its URL, or `local`.

@@ -23,7 +23,7 @@ class HTTPRollout(Rollout):
 
     Args:
         url: such as `http://10.0.0.7:8000`.
-        token: shared secret; default: `$TWINKLE_TOKEN`, else the user's token file. It signs requests and is never sent.
+        token: shared secret; default: `$TWINKLE_TOKEN`, else the user's token file. Signs requests, is never sent.
         timeout_s: seconds one call may take.
 
     Raises:

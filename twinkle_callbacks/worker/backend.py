@@ -6,9 +6,9 @@
        (background)        receive all, stage, compare digests, post `Staged`
     finish_weight_update   check names and shapes against the loader, commit, post `Committed`
 
-Once a session is open nothing here raises to vLLM. Its executor stops reading replies at the first rank that fails, which
-shifts the replies of tensor-parallel ranks by one for good, so failures travel in receipts instead and the model is left
-alone. The model is touched in `commit` only, so a server answers with the old weights or the new, never a mixture.
+Once a session is open nothing here raises to vLLM. Its executor stops reading replies at the first rank that fails,
+which shifts the replies of tensor-parallel ranks by one for good, so failures travel in receipts instead and the model
+is left alone. The model is touched in `commit` only, so a server answers with the old weights or the new, never both.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._engine: CheckpointEngine | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._timeout_s = 0.0
+        self._verify = True
         self._in_update = False
         self._aborted = False
         self._push = 0
@@ -90,7 +91,9 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         request = None
         try:
             request = JoinRequest.opened(init_info.request, auth.load_token())
-            engine = get_engine(request.engine)(bucket_size=request.bucket_size, timeout=request.timeout_s, verify=False)
+            engine = get_engine(request.engine)(
+                bucket_size=request.bucket_size, timeout=request.timeout_s, verify=False
+            )
         except TwinkleError as error:
             failure = error
         _agree(failure)
@@ -99,7 +102,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.shutdown()
         parallel = self.parallel_config
         rank = request.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._timeout_s = request.timeout_s
+        self._timeout_s, self._verify = request.timeout_s, request.verify
         self._engine = engine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="twinkle-worker")
         self._thread.submit(_logged, self._join, engine, request, rank)
@@ -143,7 +146,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._staged = self._thread.submit(self._receive, self._engine, update_info.push)
 
     def _receive(self, engine: CheckpointEngine, push: int) -> Stage:
-        stage = Stage()
+        stage = Stage(verify=self._verify)
         try:
             asyncio.run(_fill(stage, engine))
             digest = stage.verify(engine.sent_digests)
@@ -169,12 +172,16 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         began = time.perf_counter()
         stage, failure = self._checked(staged)
         if not _all_ranks_can(failure is None):
-            self._report(Committed(failure=Failure.of(failure or EngineError("another tensor-parallel rank cannot commit"))))
+            self._report(
+                Committed(failure=Failure.of(failure or EngineError("another tensor-parallel rank cannot commit")))
+            )
             return
         try:
             commit(self.model, self.model_config, stage.tensors.items(), self.device)
         except Exception as error:  # told to the trainer, whatever it is: see the module docstring
-            logger.exception("push %d failed in the commit; this worker must not generate before the next push", self._push)
+            logger.exception(
+                "push %d failed in the commit; this worker must not generate before the next push", self._push
+            )
             self._report(Committed(failure=Failure.of(error), intact=False))
         else:
             self._report(Committed(time.perf_counter() - began))
@@ -184,7 +191,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             stage = staged.result(self._timeout_s)
             self._check(stage.specs())
         except Exception as error:  # told to the trainer, whatever it is: see the module docstring
-            return Stage(), error
+            return Stage(verify=False), error
         return stage, None
 
     def _report(self, committed: Committed) -> None:

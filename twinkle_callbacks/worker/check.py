@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
-class _WriteCounter(TorchDispatchMode):
+class _WriteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Counts the elements written into each storage, and refuses copies between different shapes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._written: dict[int, int] = {}
 
     def written(self, tensor: torch.Tensor) -> int:
@@ -91,13 +91,19 @@ def _refusals(model: Any, specs: Sequence[TensorSpec], counter: _WriteCounter) -
         except Exception as error:  # any refusal of a loader belongs in the list, whatever its type
             reason = str(error)
             unknown = isinstance(error, KeyError) or "no module or parameter named" in reason
-            why = "unexpected" if unknown else f"another shape: {reason.splitlines()[0] if reason else type(error).__name__}"
+            why = (
+                "unexpected"
+                if unknown
+                else f"another shape: {reason.splitlines()[0] if reason else type(error).__name__}"
+            )
             refused.append(f"{spec.name} {spec.shape} ({why})")
     return refused
 
 
 def _explain(refused: list[str], missing: list[str], specs: Sequence[TensorSpec]) -> str:
-    parts = [f"the {len(specs)} tensors sent do not fit the model that vLLM runs, which goes on serving its old weights"]
+    parts = [
+        f"the {len(specs)} tensors sent do not fit the model that vLLM runs, which goes on serving its old weights"
+    ]
     if refused:
         parts.append(f"{len(refused)} refused: {first_few(refused)}")
     if missing:

@@ -29,9 +29,9 @@ def commit(model: Any, model_config: Any, tensors: Iterable[tuple[str, torch.Ten
 def _forget_cpu_moe_kernels(model: Any) -> None:
     """Makes the reload set up the experts' kernels as the first load does.
 
-    On CPU the kernel computes with packed expert weights, but packs them only when it is made: a layerwise reload (vLLM
-    0.32, fused_moe/unquantized_fused_moe_method.py) leaves them unpacked and the output silently wrong. Remove this when a
-    Qwen3-MoE passes tests/vllm/test_models.py without it.
+    On CPU the kernel computes with packed expert weights, but packs them only when it is made: a layerwise reload
+    (vLLM 0.32, fused_moe/unquantized_fused_moe_method.py) leaves them unpacked and the output silently wrong. Remove
+    this when a Qwen3-MoE passes tests/vllm/test_models.py without it.
     """
     from vllm.platforms import current_platform
 
@@ -39,16 +39,16 @@ def _forget_cpu_moe_kernels(model: Any) -> None:
         return
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        if method is not None and getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
 
 def _repack_cpu_heads(model: Any) -> None:
     """Packs output heads again whose weight is tied to the embedding.
 
-    On CPU a head computes with a packed copy of its weight. A tied head is loaded through the embedding and gets no tensor
-    of its own, so the layerwise reload (vLLM 0.32) leaves that copy stale, and the output silently wrong. Remove this when
-    a tied Llama passes tests/vllm/test_models.py without it.
+    On CPU a head computes with a packed copy of its weight. A tied head is loaded through the embedding and gets no
+    tensor of its own, so the layerwise reload (vLLM 0.32) leaves that copy stale, and the output silently wrong. Remove
+    this when a tied Llama passes tests/vllm/test_models.py without it.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform

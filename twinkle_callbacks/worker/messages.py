@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `JoinRequest` | trainer | `init_weight_transfer_engine` | once, at the handshake |
 | `Joined` | each worker | receipt `joined` | once it is in the engine's group |
-| update `{"action": ..., "push": n}` | trainer | `update_weights` | `receive` at the start of a push, `abort` to end a failed one |
+| `{"action": ..., "push": n}` | trainer | `update_weights` | `receive` starts a push, `abort` ends a failed one |
 | `Staged` | each worker | receipt `staged-n` | the whole stream is there and its digests agree, or the failure |
 | `Committed` | each worker | receipt `committed-n` | the model has the weights, or the failure |
 
@@ -35,6 +35,7 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         world_size: ranks of the group, over all rollouts, the master included.
         bucket_size: bytes of a wire bucket.
         timeout_s: seconds that one operation may take.
+        verify: whether the worker compares the digest of every tensor.
         nonce: hexadecimal, fresh.
         mac: hexadecimal HMAC over all of the above with the shared token.
     """
@@ -45,6 +46,7 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     world_size: int
     bucket_size: int
     timeout_s: float
+    verify: bool
     nonce: str = ""
     mac: str = ""
 
@@ -74,7 +76,7 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ) from None
         if not auth.verify(request._mac(token), given):
             raise AuthenticationError(
-                f"the trainer has another token than this vLLM worker; give both the same {auth.TOKEN_ENV} or token file"
+                f"the trainer has another token than this vLLM worker; give both the same {auth.TOKEN_ENV} or file"
             )
         return request
 

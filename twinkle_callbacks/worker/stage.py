@@ -11,14 +11,21 @@ from twinkle_callbacks.errors import DigestMismatchError
 
 
 class Stage:
-    """Tensors of one push in the order in which they came. Owned by one thread at a time."""
+    """Tensors of one push in the order in which they came. Owned by one thread at a time.
 
-    def __init__(self) -> None:
+    Args:
+        verify: compute the digest of every tensor, from its staged copy.
+    """
+
+    def __init__(self, *, verify: bool) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self._digest = StreamDigest() if verify else None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Keeps a copy; `tensor` is a view into a wire bucket that will be used again."""
-        self.tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        staged = self.tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        if self._digest is not None:
+            self._digest.add_tensors([name], [memory(as_bytes(staged))])
 
     def specs(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in self.tensors.items())
@@ -26,18 +33,16 @@ class Stage:
     def verify(self, sent_digests: bytes) -> str:
         """Compares the digest of every staged tensor with the sender's and returns that of the stream.
 
-        Returns an empty string when the sender computed none.
+        Returns an empty string when they are off.
 
         Raises:
             DigestMismatchError: names the tensors that are not what was sent.
         """
-        if not sent_digests:
+        if self._digest is None:
             return ""
-        digest = StreamDigest()
-        digest.add_tensors(self.tensors, (memory(as_bytes(tensor)) for tensor in self.tensors.values()))
-        differing = digest.differing(sent_digests)
+        differing = self._digest.differing(sent_digests)
         if differing:
             raise DigestMismatchError(
-                f"{len(differing)} of {len(self.tensors)} staged tensors are not what the trainer sent: {first_few(differing)}"
+                f"{len(differing)} of {len(self.tensors)} staged tensors are not what was sent: {first_few(differing)}"
             )
-        return digest.hexdigest()
+        return self._digest.hexdigest()

@@ -1,0 +1,153 @@
+"""What `HTTPRollout` makes of a server's answers. The texts are those that vLLM 0.32 gives."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from twinkle_callbacks import auth
+from twinkle_callbacks.errors import (
+    AuthenticationError,
+    ConfigError,
+    DeadlineError,
+    RolloutError,
+    RolloutUnreachableError,
+)
+from twinkle_callbacks.rollouts import HTTPRollout
+
+TOKEN = "t" * 32
+
+
+class Server:
+    """Answers each path with a status and a JSON body, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, tuple[int, object]] = {}
+        self.asked: list[tuple[str, str, bytes, str]] = []
+        self.hang = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def _answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                outer.asked.append((self.command, self.path, body, self.headers[auth.SIGNATURE_HEADER]))
+                if self.path == "/hang":
+                    outer.hang.wait(10)
+                status, answer = outer.answers.get(self.path.split("?")[0], (200, {}))
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = _answer
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.hang.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def rollout(server: Server) -> Iterator[HTTPRollout]:
+    rollout = HTTPRollout(server.url + "/", token=TOKEN, timeout_s=5)
+    yield rollout
+    rollout.close()
+
+
+def test_calls_are_vllms_routes_each_signed_over_what_it_asks(server: Server, rollout: HTTPRollout) -> None:
+    server.answers |= {
+        "/get_world_size": (200, {"world_size": 2}),
+        "/reset_prefix_cache": (200, {"success": True}),
+        "/weight_info": (200, {"weight_version": "4"}),
+    }
+    assert rollout.world_size() == 2
+    rollout.join({"engine": "gloo"})
+    rollout.start()
+    rollout.update({"action": "receive", "push": 1})
+    rollout.pause("keep", clear_cache=False)
+    rollout.finish()
+    rollout.set_version(4)
+    rollout.reset_cache()
+    rollout.resume()
+    assert rollout.version() == "4"
+    for method, target, body, signature in server.asked:
+        auth.check_request(TOKEN, signature, method, target, body)
+    assert [target for _, target, _, _ in server.asked] == [
+        "/get_world_size",
+        "/init_weight_transfer_engine",
+        "/start_weight_update",
+        "/update_weights",
+        "/pause?mode=keep&clear_cache=false",
+        "/finish_weight_update",
+        "/update_weight_version",
+        "/reset_prefix_cache?reset_running_requests=true",
+        "/resume",
+        "/weight_info",
+    ]
+    assert TOKEN not in str(server.asked)
+
+
+NOT_CONFIGURED = (
+    "Worker failed with error 'Weight transfer not configured. Please set weight_transfer_config to enable.'"
+)
+OTHER_BACKEND = "Invalid init_info for NCCLWeightTransferEngine: unexpected keyword argument 'request'"
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "error", "message"),
+    [
+        (404, {"detail": "Not Found"}, RolloutError, "RL routes are off.*VLLM_SERVER_DEV_MODE=1"),
+        (401, {"error": "signed with another token"}, AuthenticationError, "another token"),
+        (500, {"error": {"message": NOT_CONFIGURED}}, RolloutError, "backend 'twinkle'.*--weight-transfer-config"),
+        (500, {"error": {"message": OTHER_BACKEND}}, RolloutError, "backend 'twinkle'.*--weight-transfer-config"),
+        (500, {"error": {"message": "out of memory"}}, RolloutError, "answered 500: out of memory"),
+        (503, "gone", RolloutError, "answered 503: gone"),
+    ],
+)
+def test_refusals_name_the_server_and_what_to_change(
+    server: Server, rollout: HTTPRollout, status: int, answer: object, error: type[Exception], message: str
+) -> None:
+    server.answers["/init_weight_transfer_engine"] = (status, answer)
+    with pytest.raises(error, match=f"{server.url}.*{message}"):
+        rollout.join({})
+
+
+def test_a_cache_that_was_not_dropped_is_an_error(server: Server, rollout: HTTPRollout) -> None:
+    server.answers["/reset_prefix_cache"] = (200, {"success": False})
+    with pytest.raises(RolloutError, match="stale_kv"):
+        rollout.reset_cache()
+
+
+def test_a_server_that_does_not_answer_meets_the_deadline(server: Server) -> None:
+    rollout = HTTPRollout(server.url, token=TOKEN, timeout_s=0.2)
+    with pytest.raises(DeadlineError, match=r"/hang within 0\.2 s"):
+        rollout._call("GET", "/hang")
+    rollout.close()
+
+
+def test_nobody_there_and_no_url() -> None:
+    rollout = HTTPRollout("http://127.0.0.1:9", token=TOKEN)
+    with pytest.raises(RolloutUnreachableError, match="nobody answers at http://127.0.0.1:9"):
+        rollout.world_size()
+    rollout.close()
+    with pytest.raises(ConfigError, match="not a URL"):
+        HTTPRollout("localhost:8000", token=TOKEN)

@@ -1,0 +1,211 @@
+"""The order of a push, and what becomes of the rollouts when a step of it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import torch
+
+from tests.unit.fake_rollout import RUNS, FakeRollout
+from twinkle_callbacks import WeightSynchronizer
+from twinkle_callbacks.errors import (
+    ConfigError,
+    DeadlineError,
+    DigestMismatchError,
+    RolloutError,
+    SyncError,
+    WeightMismatchError,
+)
+
+PUSH = ["start", "update:receive", "pause:keep:True", "finish", "set_version:{}", "reset_cache", "resume"]
+
+
+@pytest.fixture
+def rollouts() -> Iterator[list[FakeRollout]]:
+    fleet = [FakeRollout("one", workers=2), FakeRollout("two")]
+    yield fleet
+    for rollout in fleet:
+        rollout.leave()
+
+
+@pytest.fixture
+def policy() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+
+
+def synchronizer(policy: torch.nn.Module, rollouts: list[FakeRollout], **settings) -> WeightSynchronizer:  # type: ignore[no-untyped-def]
+    return WeightSynchronizer(policy, **{"rollouts": rollouts, "bucket_size_mb": 1, "timeout_s": 10, **settings})
+
+
+def assert_serves(rollout: FakeRollout, policy: torch.nn.Module, version: int) -> None:
+    assert rollout.version() == str(version)
+    assert {n: t.tolist() for n, t in rollout.weights.items()} == {n: p.tolist() for n, p in policy.named_parameters()}
+    assert not rollout.paused
+    assert not rollout.in_update
+
+
+def change(policy: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1)
+
+
+def test_each_phase_is_one_call_and_every_rollout_gets_every_version(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts) as sync:
+        for rollout in rollouts:
+            assert_serves(rollout, policy, 0)
+        change(policy)
+        report = sync.push(version=7)
+    for rollout in rollouts:
+        assert_serves(rollout, policy, 7)
+        expected = [call.format(v) for v in (0, 7) for call in PUSH]
+        assert rollout.calls == ["world_size", "join", *expected, "close"]
+    assert [(r.rollout, r.version, r.tensors, r.digest) for r in report.replicas] == [
+        ("one", 7, 4, report.digest),
+        ("two", 7, 4, report.digest),
+    ]
+    assert report.seconds >= report.gather_s + report.transfer_s + report.commit_s > 0
+
+
+def test_cached_prefixes_stay_when_asked(policy: torch.nn.Module, rollouts: list[FakeRollout]) -> None:
+    with synchronizer(policy, rollouts, stale_kv="keep", pause_mode="wait"):
+        pass
+    assert "pause:wait:False" in rollouts[0].calls
+    assert "reset_cache" not in rollouts[0].calls
+
+
+@pytest.mark.parametrize("call", ["start", "update:receive", "pause:keep:True", "finish", "staged", "committed"])
+def test_a_rollout_that_refuses_a_step_keeps_all_on_the_old_weights_or_says_so_and_the_next_push_succeeds(
+    call: str, policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts) as sync:
+        before = {n: t.clone() for n, t in rollouts[1].weights.items()}
+        change(policy)
+        rollouts[1].fail[call] = RolloutError("no")
+        with pytest.raises(SyncError, match="no") as caught:
+            sync.push(version=1)
+        assert caught.value.phase in ("start", "transfer", "commit")
+        for rollout in rollouts:
+            assert (rollout.paused, rollout.in_update) == (False, False)
+        assert rollouts[1].version() == "0"
+        assert all(torch.equal(rollouts[1].weights[n], t) for n, t in before.items())
+        sync.push(version=2)
+    for rollout in rollouts:
+        assert_serves(rollout, policy, 2)
+
+
+def test_nothing_is_committed_anywhere_when_one_worker_has_other_digests(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts) as sync:
+        rollouts[0].fail["staged"] = DigestMismatchError("3 of 4 differ")
+        with pytest.raises(SyncError, match="one .*3 of 4 differ") as caught:
+            sync.push(version=1)
+        assert (caught.value.phase, caught.value.rollouts) == ("transfer", ("one",))
+        assert [rollout.version() for rollout in rollouts] == ["0", "0"]
+
+
+def test_a_commit_that_broke_off_stays_paused_until_the_next_push_succeeds(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts) as sync:
+        rollouts[1].fail["committed"] = SystemError("half of the layers")
+        with pytest.raises(SyncError, match="half of the layers"):
+            sync.push(version=1)
+        assert [rollout.paused for rollout in rollouts] == [False, True]
+        sync.push(version=2)
+        assert [rollout.paused for rollout in rollouts] == [False, False]
+
+
+def test_a_rollout_that_committed_carries_the_new_version_although_another_failed(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts) as sync:
+        change(policy)
+        rollouts[1].fail["finish"] = RolloutError("no")
+        with pytest.raises(SyncError, match="no"):
+            sync.push(version=1)
+        assert_serves(rollouts[0], policy, 1)
+        assert rollouts[1].version() == "0"
+
+
+def test_a_rollout_that_did_not_answer_in_the_commit_stays_paused(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts) as sync:
+        rollouts[1].fail["finish"] = DeadlineError("no answer")
+        with pytest.raises(SyncError, match="no answer"):
+            sync.push(version=1)
+        assert [rollout.paused for rollout in rollouts] == [False, True]
+
+
+def test_error_types_of_a_worker_reach_the_trainer(policy: torch.nn.Module, rollouts: list[FakeRollout]) -> None:
+    rollouts[0].fail["committed"] = WeightMismatchError("other model")
+    with pytest.raises(SyncError, match="other model") as caught:
+        synchronizer(policy, rollouts).open()
+    assert isinstance(caught.value.__cause__.__cause__, WeightMismatchError)
+
+
+def test_skip_reports_the_error_and_the_version_still_served(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts, on_error="skip") as sync:
+        rollouts[0].fail["start"] = RolloutError("busy")
+        report = sync.push(version=1)
+        assert "busy" in report.error
+        assert (report.version, report.replicas) == (0, [])
+        assert report.metrics()["weight_sync/skipped"] == 1
+        assert sync.push(version=2).error == ""
+
+
+def test_an_update_left_open_by_a_dead_trainer_is_closed_by_the_handshake(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    rollouts[0].in_update = True
+    with synchronizer(policy, rollouts):
+        assert rollouts[0].calls[:4] == ["world_size", "join", "update:abort", "finish"]
+    assert_serves(rollouts[0], policy, 0)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ({"enable_lora": True}, "two runs with enable_lora=True.*without --enable-lora"),
+        ({"quantization": "fp8"}, "two runs a model quantized with fp8"),
+        ({"vocab_size": 9}, "different models.*vocab_size=8.*vocab_size=9"),
+    ],
+)
+def test_servers_that_do_not_fit_are_refused_in_the_handshake(
+    runs: dict[str, object], message: str, policy: torch.nn.Module
+) -> None:
+    rollouts = [FakeRollout("one"), FakeRollout("two", runs=msgspec.structs.replace(RUNS, **runs))]
+    with pytest.raises(RolloutError, match=message):
+        synchronizer(policy, rollouts).open()
+    assert "start" not in rollouts[0].calls
+    for rollout in rollouts:
+        rollout.leave()
+
+
+def test_push_before_open_and_after_close_says_what_to_do(policy: torch.nn.Module, rollouts: list[FakeRollout]) -> None:
+    sync = synchronizer(policy, rollouts)
+    with pytest.raises(ConfigError, match=r"sync\.open\(\)"):
+        sync.push(version=1)
+    with sync:
+        pass
+    sync.close()
+    with pytest.raises(ConfigError, match=r"sync\.open\(\)"):
+        sync.push(version=1)
+    with sync:
+        assert sync.push(version=3).version == 3
+
+
+def test_the_policy_is_read_and_never_changed(policy: torch.nn.Module, rollouts: list[FakeRollout]) -> None:
+    before = [(p.data_ptr(), p._version, p.requires_grad) for p in policy.parameters()]
+    with synchronizer(policy, rollouts) as sync:
+        sync.push(version=1)
+    assert [(p.data_ptr(), p._version, p.requires_grad) for p in policy.parameters()] == before
