@@ -69,7 +69,7 @@ class RecipeConfig(_Section):
     """A whole run. `sync` takes exactly the settings of the callbacks."""
 
     seed: int = 0
-    steps: int = Field(80, ge=1)
+    steps: int = Field(100, ge=1)
     output_dir: Path = Path("runs/grpo")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

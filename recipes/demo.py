@@ -34,7 +34,7 @@ READY_TIMEOUT_S = 300.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo. Returns 0 if everything it promises came true, 1 if not."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     command = " ".join(["python -m recipes.demo", *(sys.argv[1:] if argv is None else argv)])
     try:
         return run(options, command)

@@ -2,7 +2,7 @@
 
     python -m recipes.prepare --config configs/grpo_arithmetic.yaml
     twinkle-callbacks serve runs/policy --dtype float32 --max-model-len 64 --enforce-eager --kv-cache-memory-bytes 64M
-    python -m recipes.grpo_accelerate --config configs/grpo_arithmetic.yaml steps=80
+    python -m recipes.grpo_accelerate --config configs/grpo_arithmetic.yaml steps=100
 
 Several processes: `accelerate launch -m recipes.grpo_accelerate --config ...`, or torchrun; each samples its share.
 """
@@ -73,10 +73,11 @@ def train(config: RecipeConfig) -> History:
     return history
 
 
-def _means(accelerator: Accelerator, logprobs: torch.Tensor, batch: Batch) -> list[float]:
+def _means(accelerator: Accelerator, logprobs: torch.Tensor, batch: Batch) -> tuple[float, float]:
     from recipes.grpo import step_metrics
 
-    return accelerator.reduce(step_metrics(logprobs, batch), reduction="mean").tolist()
+    reward, gap = accelerator.reduce(step_metrics(logprobs, batch), reduction="mean").tolist()
+    return reward, gap
 
 
 if __name__ == "__main__":

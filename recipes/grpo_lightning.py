@@ -4,7 +4,7 @@ Run in the checkout:
 
     python -m recipes.prepare --config configs/grpo_arithmetic.yaml
     twinkle-callbacks serve runs/policy --dtype float32 --max-model-len 64 --enforce-eager --kv-cache-memory-bytes 64M
-    python -m recipes.grpo_lightning --config configs/grpo_arithmetic.yaml steps=80
+    python -m recipes.grpo_lightning --config configs/grpo_arithmetic.yaml steps=100
 """
 
 from __future__ import annotations

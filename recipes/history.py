@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -92,26 +92,27 @@ class History:
             f"server version {record.server_version:>4}  {sync}  sampling {record.sample_s:.2f} s"
         )
 
-    @property
-    def reward_first(self) -> float:
-        """Mean reward of the first ten records."""
-        return fmean(r.reward for r in self.records[:WINDOW])
-
-    @property
-    def reward_last(self) -> float:
-        """Mean reward of the last ten records."""
-        return fmean(r.reward for r in self.records[-WINDOW:])
-
-    @property
-    def versions(self) -> list[str]:
-        """Each weight version that the server reported, once, in order of appearance."""
-        return list(dict.fromkeys(r.server_version for r in self.records))
-
     def conclude(self) -> None:
         """Prints one line for the end of the run."""
         if self.records:
             gap = max(record.logprob_gap for record in self.records)
+            first, last = reward_first(self.records), reward_last(self.records)
             print(
-                f"reward {self.reward_first:.3f} -> {self.reward_last:.3f} (means of {WINDOW} steps), largest logprob "
-                f"gap {gap:.1e}, {len(self.versions)} weight versions seen on the server"
+                f"reward {first:.3f} -> {last:.3f} (means of {WINDOW} steps), largest logprob "
+                f"gap {gap:.1e}, {versions_seen(self.records)} weight versions seen on the server"
             )
+
+
+def reward_first(records: Sequence[StepRecord]) -> float:
+    """Mean reward of the first ten records."""
+    return fmean(record.reward for record in records[:WINDOW])
+
+
+def reward_last(records: Sequence[StepRecord]) -> float:
+    """Mean reward of the last ten records."""
+    return fmean(record.reward for record in records[-WINDOW:])
+
+
+def versions_seen(records: Sequence[StepRecord]) -> int:
+    """Number of different weight versions that the server itself reported."""
+    return len({record.server_version for record in records})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the policy's folder and says what to run next."""
-    return cli.run("Makes and warms up the policy of a recipe.", argv, _prepare_and_advise)
+    return cli.run("Makes and warms up the policy of a recipe.", argv, _prepare_and_advise, trains=False)
 
 
 def prepare(config: RecipeConfig) -> WarmUp:

@@ -8,13 +8,13 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from recipes.config import RecipeConfig
-from recipes.history import WINDOW, StepRecord
+from recipes.history import StepRecord, reward_first, reward_last, versions_seen
 
 if TYPE_CHECKING:
     from recipes.policy import WarmUp
@@ -86,10 +86,10 @@ def summarize(runs: Runs) -> Summary:
     summary = Summary(
         framework="lightning",
         steps=runs.config.steps,
-        versions_committed=len({record.server_version for record in runs.synced}),
-        reward_first=fmean(record.reward for record in runs.synced[:WINDOW]),
-        reward_last=fmean(record.reward for record in runs.synced[-WINDOW:]),
-        reward_last_without_sync=fmean(record.reward for record in runs.control[-WINDOW:]),
+        versions_committed=versions_seen(runs.synced),
+        reward_first=reward_first(runs.synced),
+        reward_last=reward_last(runs.synced),
+        reward_last_without_sync=reward_last(runs.control),
         logprob_gap_max=max(record.logprob_gap for record in runs.synced),
         logprob_gap_without_sync=[record.logprob_gap for record in runs.control],
         sync_seconds_median=median(record.sync_s or 0.0 for record in syncs),
@@ -159,7 +159,7 @@ def _checks(summary: Summary) -> list[tuple[bool, str]]:
         ),
         (
             last_gap > max(MAX_LOGPROB_GAP, 10 * summary.logprob_gap_max),
-            f"without sync the logprob gap ended at {last_gap:.1e}, as small as with it: the control shows nothing; "
+            f"without sync the logprob gap ended at {last_gap:.1e} only, so the control shows nothing; "
             f"give it more steps with --control-steps",
         ),
     ]

@@ -266,5 +266,8 @@ def _on_this_device(stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tupl
 
 def _run(call: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Runs a coroutine to its end, also when the caller is inside an event loop, as in a notebook."""
-    with ThreadPoolExecutor(1, thread_name_prefix="twinkle-push") as thread:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="twinkle-push")
+    try:
         thread.submit(lambda: asyncio.run(call())).result()
+    finally:
+        thread.shutdown(wait=False)  # after an interrupt the transfer ends by its own deadline

@@ -18,7 +18,7 @@ import torch
 
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.collective import CollectiveCheckpointEngine
-from twinkle_callbacks.errors import EngineError
+from twinkle_callbacks.errors import DeadlineError, EngineError
 
 TOKEN = "a token of the tests"
 TIMEOUT_S = 20.0
@@ -47,7 +47,10 @@ class Received:
         place.fill_(0xA5)
 
     def wait(self) -> None:
-        message = self.wire.get(timeout=TIMEOUT_S)
+        try:
+            message = self.wire.get(timeout=TIMEOUT_S)
+        except queue.Empty:
+            raise DeadlineError(f"nothing came within {TIMEOUT_S:g} s") from None
         if isinstance(message, Sent):
             assert message.ready.wait(TIMEOUT_S), "the sender never waited for what it sent"
             message = message.data
@@ -65,7 +68,7 @@ class LoopbackBackend(CollectiveBackend):
 
     def __init__(self, rank: int = 0, wire: queue.SimpleQueue[Any] | None = None, direct: int | None = None) -> None:
         self.rank, self.wire = rank, wire or queue.SimpleQueue()
-        self.direct_bytes = direct  # type: ignore[misc]
+        self.direct_bytes = direct
 
     def connect(self, store: Any, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
         self.rank = rank

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def test_tensors_in_chunks_have_the_digest_of_whole_ones(stream: list[tuple[str,
     chunked = StreamDigest()
     for name, content in stream:
         cuts = sorted(data.draw(st.sets(st.integers(0, len(content)), max_size=4)) | {0, len(content)})
-        spans = list(zip(cuts, cuts[1:], strict=False)) or [(0, 0)]
+        spans = list(pairwise(cuts)) or [(0, 0)]
         for begin, end in spans:
             chunk = memoryview(content)[begin:end]
             chunked.add_chunk(name, chunk, first=(begin, end) == spans[0], last=(begin, end) == spans[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain, pairwise
 
 import msgspec
 import pytest
@@ -35,7 +36,7 @@ def test_every_byte_of_every_tensor_has_exactly_one_place(bucket: int, sizes: li
 
 @given(BUCKETS, STREAMS)
 def test_no_chunk_reaches_beyond_its_bucket_or_starts_unaligned(bucket: int, sizes: list[int]) -> None:
-    for chunk in sum(plan(bucket, sizes), []):
+    for chunk in chain.from_iterable(plan(bucket, sizes)):
         assert 0 <= chunk.offset <= chunk.offset + chunk.nbytes <= bucket
         assert chunk.offset % ALIGNMENT_BYTES == 0
         assert chunk.start % ALIGNMENT_BYTES == 0
@@ -43,8 +44,8 @@ def test_no_chunk_reaches_beyond_its_bucket_or_starts_unaligned(bucket: int, siz
 
 @given(BUCKETS, STREAMS)
 def test_chunks_come_in_the_order_of_the_stream_and_never_overlap(bucket: int, sizes: list[int]) -> None:
-    chunks = sum(plan(bucket, sizes), [])
-    for before, after in zip(chunks, chunks[1:], strict=False):
+    chunks = list(chain.from_iterable(plan(bucket, sizes)))
+    for before, after in pairwise(chunks):
         assert (before.bucket, before.offset + before.nbytes) <= (after.bucket, after.offset) or (
             after.bucket == before.bucket + 1
         )
@@ -69,7 +70,9 @@ def test_first_bucket_is_number_zero_and_none_is_left_out(bucket: int, sizes: li
 
 
 @given(BUCKETS, STREAMS, STREAMS)
-def test_resumed_planner_goes_on_like_the_one_that_never_stopped(bucket: int, first: list[int], rest: list[int]) -> None:
+def test_resumed_planner_goes_on_like_the_one_that_never_stopped(
+    bucket: int, first: list[int], rest: list[int]
+) -> None:
     whole = BucketPlanner(bucket)
     placed = [whole.place(size) for size in first]
     resumed = BucketPlanner(bucket)

@@ -46,9 +46,10 @@ def test_lazily_conjugated_and_negated_tensors_are_resolved(size: int) -> None:
 @given(recipes())
 def test_view_at_an_aligned_offset_is_the_tensor_and_no_copy(recipe: Recipe) -> None:
     tensor = recipe.make(0)
-    buffer = torch.zeros(1024 + as_bytes(tensor).numel() + 7, dtype=torch.uint8)
+    content = bits(tensor)
+    buffer = torch.zeros(1024 + len(content) + 7, dtype=torch.uint8)
     view = view_at(buffer, 512, tensor.dtype, tuple(tensor.shape))
-    buffer[512 : 512 + as_bytes(tensor).numel()] = as_bytes(tensor)
+    memory(buffer)[512 : 512 + len(content)] = content
     assert (view.dtype, view.shape) == (tensor.dtype, tensor.shape)
     assert bits(view) == bits(tensor)
 

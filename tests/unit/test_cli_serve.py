@@ -68,7 +68,7 @@ def test_the_block_sees_a_server_that_is_ready_and_leaves_nothing_behind(tmp_pat
         assert alive(started["child"])
 
     assert not alive(started["pid"])
-    assert not alive(started["child"])
+    assert eventually(lambda: not alive(started["child"]))
     assert "fake vLLM starts" in log.read_text()
 
 
@@ -182,7 +182,7 @@ def test_a_signal_stops_the_command_with_all_its_processes(
     command.send_signal(number)
     assert command.wait(WAIT_S) == code
     assert not alive(started["pid"])
-    assert not alive(started["child"])
+    assert eventually(lambda: not alive(started["child"]))
 
 
 def test_a_server_ends_with_a_parent_that_was_killed(command: subprocess.Popen[str]) -> None:
@@ -202,7 +202,7 @@ def test_a_server_that_dies_later_ends_the_command_with_its_last_words(command: 
     assert command.returncode == 1
     assert "twinkle-callbacks serve: the server at" in output
     assert "ended with signal SIGKILL" in output
-    assert not alive(started["child"])
+    assert eventually(lambda: not alive(started["child"]))
 
 
 def test_the_status_command_shows_a_running_server() -> None:

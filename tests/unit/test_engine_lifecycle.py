@@ -1,4 +1,4 @@
-"""The order of an engine's calls: each one out of place is a clear error, and finalize() always leads back to the start.
+"""The order of an engine's calls: one out of place is a clear error, and finalize() always leads back to the start.
 
 Over a wire in memory, both sides in this process; the contract tests run the same on real engines and processes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit import engine_loopback
 from tests.unit.engine_loopback import TOKEN, LoopbackBackend, LoopbackEngine, Sent, joined, transfer
 from tests.unit.engine_streams import picture, random_tensor
 from twinkle_callbacks import errors
@@ -251,7 +253,9 @@ def test_engines_work_again_after_finalize_and_a_new_group() -> None:
         receiver.finalize()
         metadata = sender.prepare()
         receiver.prepare()
-        entering = threading.Thread(target=receiver.init_process_group, args=(1, 2), kwargs={"master_metadata": metadata})
+        entering = threading.Thread(
+            target=receiver.init_process_group, args=(1, 2), kwargs={"master_metadata": metadata}
+        )
         entering.start()
         sender.init_process_group(0, 2, master_metadata=metadata)
         entering.join(20)
@@ -348,6 +352,21 @@ def test_iterable_runs_off_the_event_loop() -> None:
 
     with joined() as (sender, receiver):
         assert asyncio.run(ticks_while(transfer(sender, receiver, slow()))) > 10
+
+
+def test_no_group_forms_over_links_that_lead_to_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token is proven in the store; a link of the data group may still end at a stranger that was faster."""
+    connect = LoopbackBackend.connect
+
+    def hijacked(self: LoopbackBackend, store: Any, rank: int, world_size: int, **options: Any) -> None:
+        connect(self, store, rank, world_size, **options)
+        if rank == 1:
+            self.wire = queue.SimpleQueue()
+
+    monkeypatch.setattr(LoopbackBackend, "connect", hijacked)
+    monkeypatch.setattr(engine_loopback, "TIMEOUT_S", 1.0)
+    with pytest.raises((errors.EngineError, errors.DeadlineError, errors.AuthenticationError)), joined(timeout_s=1.0):
+        pass
 
 
 # Messages beside the data

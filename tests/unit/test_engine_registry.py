@@ -39,7 +39,7 @@ def test_engine_of_another_package_is_found_through_its_entry_point(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "pigeons_found.py").write_text(
-        "from twinkle_callbacks.engines import GlooCheckpointEngine\nclass Pigeon(GlooCheckpointEngine): name = 'pigeon'\n"
+        "from twinkle_callbacks.engines import GlooCheckpointEngine as Gloo\nclass Pigeon(Gloo): name = 'pigeon'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     installed(monkeypatch, pigeon="pigeons_found:Pigeon")

@@ -165,7 +165,7 @@ def test_address_where_nobody_listens_is_a_deadline_error_naming_it() -> None:
 def test_master_that_dies_before_the_hello_is_an_engine_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = [Rendezvous.host_session("127.0.0.1", "loopback", TOKEN, TIMEOUT_S)]
     side = guest(hosts[0])
-    stray(hosts[0]).set(f"{hosts[0].metadata.session}/nonce", auth.nonce())  # type: ignore[arg-type]
+    stray(hosts[0]).set(f"{hosts[0].metadata.session}/nonce", auth.nonce())
 
     def dying() -> bytes:
         hosts.clear()
@@ -181,7 +181,7 @@ def test_master_that_dies_before_the_hello_is_an_engine_error_at_once(monkeypatc
 def test_master_that_dies_before_the_welcome_is_an_engine_error_at_once() -> None:
     hosts = [Rendezvous.host_session("127.0.0.1", "loopback", TOKEN, TIMEOUT_S)]
     side, session = guest(hosts[0]), hosts[0].metadata.session
-    stray(hosts[0]).set(f"{session}/nonce", auth.nonce())  # type: ignore[arg-type]
+    stray(hosts[0]).set(f"{session}/nonce", auth.nonce())
 
     def dying() -> None:
         stray(hosts[0]).get(f"{session}/hello/1")
@@ -210,12 +210,12 @@ def test_receiver_does_not_trust_a_master_with_another_token(short_host: Rendezv
     def impostor() -> None:
         store = stray(short_host)
         session = short_host.metadata.session
-        store.set(f"{session}/nonce", auth.nonce())  # type: ignore[arg-type]
+        store.set(f"{session}/nonce", auth.nonce())
         hello = bytes.fromhex(store.get(f"{session}/hello/1").decode())
         nonce = msgspec.msgpack.decode(hello[32:])["nonce"]
         nonces = [b"0" * 32, nonce]
         mac = auth.mac(OTHER, "welcome", session, b"".join(nonces))
-        store.set(f"{session}/welcome", msgspec.msgpack.encode(Welcome(nonces, mac)))  # type: ignore[arg-type]
+        store.set(f"{session}/welcome", msgspec.msgpack.encode(Welcome(nonces, mac)))
 
     _, error = together(impostor, entering(side, 1, 2))
     assert type(error) is errors.AuthenticationError
@@ -228,7 +228,7 @@ def test_receiver_does_not_trust_a_master_with_another_token(short_host: Rendezv
 )
 def test_hello_of_a_stranger_gets_nobody_in_and_is_a_clear_error(host: Rendezvous, hello: bytes) -> None:
     def intrude() -> None:
-        stray(host).set(f"{host.metadata.session}/hello/1", hello)  # type: ignore[arg-type]
+        stray(host).set(f"{host.metadata.session}/hello/1", hello)
 
     error = together(admitting(host, 2), intrude)[0]
     assert isinstance(error, errors.EngineError | errors.AuthenticationError)
@@ -248,8 +248,8 @@ def test_hello_of_a_stranger_gets_nobody_in_and_is_a_clear_error(host: Rendezvou
 )
 def test_welcome_of_a_stranger_is_a_clear_error_at_the_receiver(host: Rendezvous, welcome: bytes) -> None:
     store = stray(host)
-    store.set(f"{host.metadata.session}/nonce", auth.nonce())  # type: ignore[arg-type]
-    store.set(f"{host.metadata.session}/welcome", welcome)  # type: ignore[arg-type]
+    store.set(f"{host.metadata.session}/nonce", auth.nonce())
+    store.set(f"{host.metadata.session}/welcome", welcome)
     with pytest.raises(errors.TwinkleError):
         guest(host).enter(1, 2, BUCKET)
 
@@ -258,14 +258,14 @@ def test_hello_of_an_earlier_session_is_worth_nothing(host: Rendezvous) -> None:
     together(admitting(host, 2), entering(guest(host), 1, 2))
     old = stray(host).get(f"{host.metadata.session}/hello/1")
     later = Rendezvous.host_session("127.0.0.1", "loopback", TOKEN, TIMEOUT_S)
-    stray(later).set(f"{later.metadata.session}/hello/1", old)  # type: ignore[arg-type]
+    stray(later).set(f"{later.metadata.session}/hello/1", old)
     [error] = together(admitting(later, 2))
     assert type(error) is errors.AuthenticationError
 
 
 def test_message_of_a_stranger_is_an_authentication_error(host: Rendezvous) -> None:
     together(admitting(host, 2), entering(guest(host), 1, 2))
-    stray(host).set(f"{host.metadata.session}/ack/1/1", os.urandom(64))  # type: ignore[arg-type]
+    stray(host).set(f"{host.metadata.session}/ack/1/1", os.urandom(64))
     with pytest.raises(errors.AuthenticationError, match="rank 1"):
         host.collect("ack/1", [1], "answer")
 

@@ -1,4 +1,4 @@
-"""What goes wrong on the wire or in the source is an error that says so, on the side that sees it, never wrong weights."""
+"""What goes wrong on the wire or in the source is an error on the side that sees it, and never wrong weights."""
 
 from __future__ import annotations
 
@@ -226,11 +226,11 @@ def told_to_receiver(weights: Any, *, direct: int | None = None) -> tuple[BaseEx
     """The errors that the sender raises, and the receiver, for a source that fails."""
     wire: queue.SimpleQueue[Any] = queue.SimpleQueue()
     sender = FrameSender(LoopbackBackend(0, wire, direct), BUCKET, verify=True)
-    with pytest.raises(BaseException) as at_sender:  # noqa: PT011
+    with pytest.raises(BaseException) as at_sender:
         sender.send(weights)
     wire.put(None)
     receiver = FrameReceiver(LoopbackBackend(1, wire), BUCKET, verify=True)
-    with pytest.raises(BaseException) as at_receiver:  # noqa: PT011
+    with pytest.raises(BaseException) as at_receiver:
         while receiver.next_bucket() is not None:
             pass
     return at_sender.value, at_receiver.value
@@ -307,7 +307,7 @@ def throw(error: BaseException) -> None:
 def test_iterable_that_is_none_is_refused_at_once() -> None:
     sender = FrameSender(LoopbackBackend(0), BUCKET, verify=True)
     with pytest.raises(TypeError, match="not iterable"):
-        sender.send(None)  # type: ignore[arg-type]
+        sender.send(None)
 
 
 class Unplugged(LoopbackBackend):

@@ -110,7 +110,7 @@ class ServerProcess:
         raise RolloutError(self._ended(self._process.wait()))
 
     def stop(self) -> None:
-        """Ends the server and every descendant; returns when they are gone. Any number of times."""
+        """Ends the server and every descendant; returns when they have let go of everything. Any number of times."""
         if self._process.poll() is None:
             self._process.terminate()
             self._wait(TERMINATE_S)
