@@ -108,6 +108,11 @@ def _index(cls: type[TwinkleError]) -> None:
 _index(TwinkleError)
 
 
+def text_of(error: BaseException) -> str:
+    """The error's text, never empty, with what is not Unicode (such as bytes of a file's name) escaped."""
+    return (str(error) or repr(error)).encode("utf-8", "backslashreplace").decode()
+
+
 def from_wire(type_name: str, message: str, default: type[TwinkleError] = PeerError) -> TwinkleError:
     """Rebuilds an error that another process described by its type's name and its text.
 

@@ -27,7 +27,7 @@ import torch
 from twinkle_callbacks.buckets.packing import dtype_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
 from twinkle_callbacks.engines.base import SendStats
-from twinkle_callbacks.errors import ConfigError, DigestMismatchError, SyncError, TwinkleError, from_wire
+from twinkle_callbacks.errors import ConfigError, DigestMismatchError, SyncError, TwinkleError, from_wire, text_of
 from twinkle_callbacks.fleet import Fleet
 from twinkle_callbacks.report import ReplicaReport, SyncReport
 from twinkle_callbacks.sources import WeightSource, open_source
@@ -240,7 +240,7 @@ class WeightSynchronizer:
             except Exception as error:  # shared with the other ranks, and raised on all of them
                 cause = error
                 rollouts = error.rollouts if isinstance(error, SyncError) else ()
-                outcome = _Outcome(None, type(error).__name__, str(error), rollouts)
+                outcome = _Outcome(None, type(error).__name__, text_of(error), rollouts)
             outcome = msgspec.msgpack.decode(self._group.share(msgspec.msgpack.encode(outcome)), type=_Outcome)
         else:
             outcome = msgspec.msgpack.decode(self._group.share(None), type=_Outcome)

@@ -303,8 +303,9 @@ def test_receiver_that_fails_tells_the_sender_its_cause(monkeypatch: pytest.Monk
         def full(self: LoopbackBackend, nbytes: int) -> torch.Tensor:
             raise torch.OutOfMemoryError("no room for a bucket")
 
-        assert receiver._backend is not None
-        monkeypatch.setattr(receiver._backend, "allocate", full.__get__(receiver._backend))
+        backend = receiver._group.backend
+        assert backend is not None
+        monkeypatch.setattr(backend, "allocate", full.__get__(backend))
         sent, received = asyncio.run(transfer(sender, receiver, STREAM))
         assert isinstance(received, torch.OutOfMemoryError)
         assert isinstance(sent, errors.EngineError)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
+import msgspec
 import xxhash
 
 
@@ -44,7 +45,7 @@ class StreamDigest:
     def hexdigest(self) -> str:
         """Digest of the stream: over names and tensor digests, in order; 32 hexadecimal digits."""
         total = xxhash.xxh3_128()
-        total.update("\0".join(self.names).encode())
+        total.update(msgspec.msgpack.encode(self.names))  # with their lengths, so that no two lists are alike
         total.update(self.pack())
         return total.hexdigest()
 

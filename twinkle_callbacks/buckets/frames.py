@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import msgspec
 import xxhash
 
-from twinkle_callbacks.errors import ProtocolError
+from twinkle_callbacks.errors import ProtocolError, text_of
 
 PROTOCOL_VERSION = 1
 CONTROL_BYTES = 64
+MAX_HEADER_BYTES = 64 << 20  # some 700,000 tensors in one bucket
 _MAGIC = b"TWKL"
 _CONTROL = struct.Struct("<4sBB2xIQQ16s20x")
 T = TypeVar("T")
@@ -30,6 +31,9 @@ class Kind(enum.IntEnum):
     BUCKET = 1
     END = 2
     ERROR = 3
+
+
+_KINDS = frozenset(Kind)
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -66,7 +70,7 @@ class Failure(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        return cls(type(error).__name__, str(error) or repr(error))
+        return cls(type(error).__name__, text_of(error))
 
 
 class Control(msgspec.Struct, frozen=True):
@@ -106,6 +110,8 @@ class Control(msgspec.Struct, frozen=True):
             )
         if sequence != expected_sequence & 0xFFFFFFFF:
             raise ProtocolError(f"received frame {sequence} where frame {expected_sequence} comes next")
+        if kind not in _KINDS:
+            raise ProtocolError(f"received a frame of kind {kind}, which does not exist")
         return cls(Kind(kind), sequence, header_bytes, payload_bytes, layout)
 
 
@@ -122,7 +128,7 @@ def decode(data: bytes, kind: type[T]) -> T:
     """
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed {kind} header of {len(data)} bytes: {error}") from None
 
 

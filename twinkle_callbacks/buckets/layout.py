@@ -1,7 +1,8 @@
 """Where each tensor lies in the stream of buckets: a pure plan, made one tensor at a time, without torch.
 
 A bucket is a run of at most `bucket_bytes` bytes. Tensors start at multiples of `ALIGNMENT_BYTES`, so that its bytes
-can be viewed in any dtype. A tensor that fits into an empty bucket is never split; a larger one travels in chunks.
+can be viewed in any dtype. A tensor that fits into an empty bucket is never split; a larger one travels in chunks, the
+first of which begins a bucket, so that no bucket holds parts of two such tensors.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class BucketPlanner:
             if nbytes > self.bucket_bytes - self._used:
                 self.next_bucket()
             return [self._take(0, nbytes)]
+        if self._used:
+            self.next_bucket()
         chunks = []
         start = 0
         while start < nbytes:

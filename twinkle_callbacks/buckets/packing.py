@@ -10,8 +10,15 @@ from twinkle_callbacks.errors import ProtocolError
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor's elements as a flat uint8 tensor; copies only when it is not contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    """Returns the tensor's elements as a flat uint8 tensor; copies only when they do not lie in order."""
+    flat = copyable(tensor.detach()).resolve_conj().resolve_neg().contiguous().reshape(-1)
+    # A single element counts as contiguous whatever its stride, but can be viewed as bytes only with stride 1.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+
+
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, seen as uint8 where its elements have one byte: torch views all such dtypes, but copies only some."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def memory(buffer: torch.Tensor) -> memoryview:

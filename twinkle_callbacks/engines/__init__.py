@@ -37,7 +37,7 @@ def get_engine(name: str) -> type[CheckpointEngine]:
     module, _, attribute = targets[name].partition(":")
     try:
         engine: type[CheckpointEngine] = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing a package of others may raise anything
         raise ConfigError(f"engine={name!r}: {targets[name]} cannot be imported: {error}") from error
     return engine
 

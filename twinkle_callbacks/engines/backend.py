@@ -49,4 +49,4 @@ class CollectiveBackend(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of the group on this rank; peers see the connection close. May be called from another thread."""
+        """Lets go of the group on this rank, after the call under way; peers see the connection close."""

@@ -77,8 +77,10 @@ class CheckpointEngine(ABC):
         Raises:
             ConfigError: bucket size or timeout are not usable.
         """
-        if bucket_size < ALIGNMENT_BYTES or bucket_size % ALIGNMENT_BYTES:
-            raise ConfigError(f"bucket_size={bucket_size}: must be a positive multiple of {ALIGNMENT_BYTES} bytes")
+        if not isinstance(bucket_size, int) or bucket_size < ALIGNMENT_BYTES or bucket_size % ALIGNMENT_BYTES:
+            raise ConfigError(
+                f"bucket_size={bucket_size}: must be a whole number of bytes, a positive multiple of {ALIGNMENT_BYTES}"
+            )
         self.bucket_size = bucket_size
         self.timeout_s = _timeout_s(timeout)
         self.is_master = False

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -18,13 +20,24 @@ from twinkle_callbacks import auth
 from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.engines.backend import CollectiveBackend
 from twinkle_callbacks.engines.base import CheckpointEngine
-from twinkle_callbacks.engines.receiver import FrameReceiver
+from twinkle_callbacks.engines.receiver import FrameReceiver, NamedTensors
 from twinkle_callbacks.engines.rendezvous import Metadata, Rendezvous, parse_metadata
 from twinkle_callbacks.engines.sender import FrameSender
-from twinkle_callbacks.errors import ConfigError, DigestMismatchError, EngineError, PoisonedError, from_wire
+from twinkle_callbacks.engines.thread import EngineThread
+from twinkle_callbacks.errors import (
+    ConfigError,
+    DigestMismatchError,
+    EngineError,
+    PoisonedError,
+    from_wire,
+    text_of,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+LINK_PROOF_BYTES = 32
+LEAVE_S = 5.0
 
 
 class Ack(msgspec.Struct, frozen=True):
@@ -32,6 +45,31 @@ class Ack(msgspec.Struct, frozen=True):
 
     digest: str
     failure: Failure | None = None
+
+
+@dataclass(eq=False)
+class _Group:
+    """What an engine holds from `prepare()` to `finalize()`; a call that outlives it leaves the next one alone."""
+
+    rendezvous: Rendezvous | None = None
+    rank: int | None = None
+    world_size: int = 0
+    thread: EngineThread | None = None
+    backend: CollectiveBackend | None = None
+    sender: FrameSender | None = None
+    receiver: FrameReceiver | None = None
+    streams: int = 0
+    poison: str = ""
+
+    def leave(self) -> None:
+        """Lets go of everything; on the engine's thread if there is one."""
+        if self.receiver is not None:
+            self.receiver.close()
+        if self.backend is not None:
+            self.backend.close()
+        if self.rendezvous is not None:
+            self.rendezvous.close()
+        self.sender = self.receiver = self.backend = None
 
 
 class CollectiveCheckpointEngine(CheckpointEngine):
@@ -45,32 +83,31 @@ class CollectiveCheckpointEngine(CheckpointEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._rendezvous: Rendezvous | None = None
-        self._backend: CollectiveBackend | None = None
-        self._sender: FrameSender | None = None
-        self._receiver: FrameReceiver | None = None
-        self._thread: ThreadPoolExecutor | None = None
-        self._rank: int | None = None
-        self._world_size = 0
-        self._streams = 0
-        self._poison: BaseException | None = None
+        self._group = _Group()
 
     def prepare(self) -> dict[str, Any]:
-        if self._rendezvous is not None or self._rank is not None:
+        group = self._group
+        if group.rendezvous is not None or group.rank is not None:
             raise EngineError("prepare() was called already; call finalize() before preparing again")
         if not self.is_master:
             return {}
-        self._rendezvous = Rendezvous.host_session(self.host, self.name, auth.load_token(self._token), self.timeout_s)
-        return dict(msgspec.to_builtins(self._rendezvous.metadata))
+        group.rendezvous = Rendezvous.host_session(self.host, self.name, auth.load_token(self._token), self.timeout_s)
+        return dict(msgspec.to_builtins(group.rendezvous.metadata))
 
     def init_process_group(self, rank: int, world_size: int, *, master_metadata: dict[str, Any]) -> None:
-        if self._rank is not None:
-            raise EngineError(f"this engine is in a group already, as rank {self._rank}; call finalize() first")
+        group = self._group
+        if group.rank is not None:
+            raise EngineError(f"this engine is in a group already, as rank {group.rank}; call finalize() first")
         metadata = parse_metadata(master_metadata)
         self._check_role(rank, world_size, metadata)
-        self._rank, self._world_size = rank, world_size
-        if rank >= 0:
-            self._run(self._connect, metadata)
+        group.rank, group.world_size = rank, world_size
+        if rank < 0:
+            return
+        try:
+            self._submit(group, lambda: self._connect(group, rank, metadata)).result()
+        except BaseException as error:
+            self._poison(group, error)
+            raise
 
     def _check_role(self, rank: int, world_size: int, metadata: Metadata) -> None:
         if metadata.engine != self.name:
@@ -80,51 +117,73 @@ class CollectiveCheckpointEngine(CheckpointEngine):
                 f"rank={rank}, world_size={world_size}, is_master={self.is_master}: the master has rank 0, receivers "
                 f"1 to world_size - 1, and trainer ranks that do not send -1"
             )
-        if rank == 0 and self._rendezvous is None:
+        if rank == 0 and self._group.rendezvous is None:
             raise EngineError("call prepare() on the master before init_process_group()")
 
-    def _connect(self, metadata: Metadata) -> None:
-        assert self._rank is not None
-        if self._rank == 0:
-            assert self._rendezvous is not None
-            self._rendezvous.admit(self._world_size, self.bucket_size)
+    def _connect(self, group: _Group, rank: int, metadata: Metadata) -> None:
+        if rank == 0:
+            assert group.rendezvous is not None
+            group.rendezvous.admit(group.world_size, self.bucket_size)
         else:
-            self._rendezvous = Rendezvous.join_session(metadata, auth.load_token(self._token), self.timeout_s)
-            self._rendezvous.enter(self._rank, self._world_size, self.bucket_size)
-        host = metadata.host if self._rank == 0 else self._rendezvous.own_address()
-        self._backend = self.backend_cls()
-        self._backend.connect(
-            self._rendezvous.group_store(), self._rank, self._world_size, host=host, timeout_s=self.timeout_s
-        )
-        logger.info(
-            "engine %s: rank %d of %d joined session %s", self.name, self._rank, self._world_size, metadata.session
-        )
+            group.rendezvous = Rendezvous.join_session(metadata, auth.load_token(self._token), self.timeout_s)
+            group.rendezvous.enter(rank, group.world_size, self.bucket_size)
+        host = metadata.host if rank == 0 else group.rendezvous.own_address()
+        group.backend = self.backend_cls()
+        store = group.rendezvous.group_store()
+        group.backend.connect(store, rank, group.world_size, host=host, timeout_s=self.timeout_s)
+        self._prove_links(group)
+        logger.info("engine %s: rank %d of %d joined session %s", self.name, rank, group.world_size, metadata.session)
+
+    def _prove_links(self, group: _Group) -> None:
+        """Sends fresh bytes over the new links, which receivers send back by the rendezvous, signed with the token.
+
+        A link could lead to a stranger that was faster. This is also the first collective, which sets up what NCCL and
+        HCCL set up then.
+        """
+        assert group.backend is not None
+        assert group.rendezvous is not None
+        proof = secrets.token_bytes(LINK_PROOF_BYTES)
+        buffer = group.backend.allocate(LINK_PROOF_BYTES)
+        if group.rank == 0:
+            buffer.copy_(torch.frombuffer(bytearray(proof), dtype=torch.uint8))
+        group.backend.broadcast(buffer).wait()
+        if group.rank != 0:
+            group.rendezvous.post("linked", bytes(buffer.cpu().numpy()))
+            return
+        answers = group.rendezvous.collect("linked", range(1, group.world_size), "answer over its new link")
+        for rank, answer in answers.items():
+            if answer != proof:
+                raise EngineError(f"rank {rank} is linked to somebody else than the master at {self.host}")
 
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if self._rank is None:
-            raise EngineError("call init_process_group() before send_weights()")
-        if self._rank < 0:
-            await self._run_async(lambda: _exhaust(weights))
-        else:
-            await self._run_async(lambda: self._send(weights))
+        group = self._usable()
+        send = (lambda: _exhaust(weights)) if group.rank == -1 else (lambda: self._send(group, weights))
+        try:
+            await asyncio.wrap_future(self._submit(group, send))
+        except BaseException as error:
+            self._poison(group, error)
+            raise
 
-    def _send(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        assert self._backend is not None
+    def _send(self, group: _Group, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        assert group.backend is not None
+        assert group.rendezvous is not None
         if not self.is_master:
-            raise EngineError(f"rank {self._rank} is a receiver; only the master sends")
-        if self._sender is None:
-            self._sender = FrameSender(self._backend, self.bucket_size, verify=self.verify)
-        self._streams += 1
+            raise EngineError(f"rank {group.rank} is a receiver; only the master sends")
+        if group.sender is None:
+            group.sender = FrameSender(group.backend, self.bucket_size, verify=self.verify)
+        sender = group.sender
+        group.streams += 1
+        ranks, topic = range(1, group.world_size), f"ack/{group.streams}"
         iterator = iter(weights)
         try:
-            stats = self._sender.send(iterator)
-            acks = self.collect_receipts(f"ack/{self._streams}", range(1, self._world_size))
+            stats = sender.send(iterator)
+            acks = group.rendezvous.collect(topic, ranks, "acknowledge the stream")
         except EngineError as error:
-            raise self._explain(error) from error
+            if sender.source_failed:
+                raise
+            raise _explain(error, group.rendezvous.posted(topic, ranks)) from error
         finally:
-            _exhaust(
-                iterator
-            )  # every trainer rank takes part in each gather, so the rest is drained even after a failure
+            _exhaust(iterator)  # every trainer rank takes part in each gather, also after a failure
         for rank, data in acks.items():
             ack = msgspec.msgpack.decode(data, type=Ack)
             if ack.failure is not None:
@@ -135,118 +194,98 @@ class CollectiveCheckpointEngine(CheckpointEngine):
                 )
         self.stats = stats
 
-    def _explain(self, error: EngineError) -> EngineError:
-        """Prefers a receiver's own account of why it left over the broken connection that this side saw."""
-        assert self._rendezvous is not None
-        for rank, data in self._rendezvous.posted(f"ack/{self._streams}", range(1, self._world_size)).items():
-            ack = msgspec.msgpack.decode(data, type=Ack)
-            if ack.failure is not None:
-                cause = from_wire(ack.failure.type, f"rank {rank} gave up: {ack.failure.message}")
-                return cause if isinstance(cause, EngineError) else EngineError(str(cause))
-        return error
-
     async def receive_weights(self) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
-        if self._backend is None or self.is_master:
+        group = self._usable()
+        backend, rendezvous = group.backend, group.rendezvous
+        if backend is None or rendezvous is None or self.is_master:
             raise EngineError("receive_weights() is for receivers, after init_process_group()")
-        self._streams += 1
-        topic = f"ack/{self._streams}"
-        finished = False
+        group.streams += 1
+        topic = f"ack/{group.streams}"
         try:
-            bucket = await self._run_async(self._next_bucket)
+            receiver = await self._receiver(group, backend)
+            bucket = await self._next_bucket(group, receiver)
             while bucket is not None:
-                following = self._submit(self._next_bucket)  # the next bucket comes in while this one is used
+                # the next bucket comes in while this one is used
+                following = self._next_bucket(group, receiver) if receiver.may_read_ahead else None
                 for item in bucket:
                     yield item
-                bucket = await self._await(following)
-            finished = True
-            self._acknowledge(topic)
-        except Exception as error:
-            self._poisoned_by(error)
-            self._complain(topic, error)
+                bucket = await (following or self._next_bucket(group, receiver))
+            digest = receiver.digest.hexdigest() if self.verify else ""
+            rendezvous.post(topic, msgspec.msgpack.encode(Ack(digest)))
+        except BaseException as error:
+            left = EngineError("the consumer left receive_weights() before the stream's end")
+            cause = error if isinstance(error, Exception) else left
+            self._poison(group, cause)
+            self._complain(rendezvous, topic, cause)
             raise
-        finally:
-            if not finished and self._poison is None:
-                self._poisoned_by(EngineError("the consumer left receive_weights() before the stream's end"))
 
-    def _next_bucket(self) -> list[tuple[str, torch.Tensor]] | None:
-        assert self._backend is not None
-        if self._receiver is None:
-            self._receiver = FrameReceiver(self._backend, self.bucket_size, verify=self.verify)
-        return self._receiver.next_bucket()
+    async def _receiver(self, group: _Group, backend: CollectiveBackend) -> FrameReceiver:
+        if group.receiver is None:
+            make = self._submit(group, lambda: FrameReceiver(backend, self.bucket_size, verify=self.verify))
+            group.receiver = await asyncio.wrap_future(make)
+        return group.receiver
 
-    def _acknowledge(self, topic: str) -> None:
-        assert self._receiver is not None
-        digest = self._receiver.digest.hexdigest() if self.verify else ""
-        self.post_receipt(topic, msgspec.msgpack.encode(Ack(digest)))
+    def _next_bucket(self, group: _Group, receiver: FrameReceiver) -> asyncio.Future[NamedTensors | None]:
+        return asyncio.wrap_future(self._submit(group, receiver.next_bucket))
 
-    def _complain(self, topic: str, error: BaseException) -> None:
+    def _complain(self, rendezvous: Rendezvous, topic: str, error: BaseException) -> None:
         try:
-            self.post_receipt(topic, msgspec.msgpack.encode(Ack("", Failure.of(error))))
+            rendezvous.post(topic, msgspec.msgpack.encode(Ack("", Failure.of(error))))
         except EngineError as unreachable:
             logger.warning("engine %s: could not tell the master why: %s", self.name, unreachable)
 
     @property
     def sent_digests(self) -> bytes:
-        """On a receiver, after a stream: the master's digest of each tensor, packed; empty if it computed none."""
-        if self._receiver is None or self._receiver.end is None:
-            return b""
-        return self._receiver.end.digests
+        receiver = self._group.receiver
+        return b"" if receiver is None or receiver.end is None else receiver.end.digests
 
     def post_receipt(self, topic: str, payload: bytes) -> None:
-        self._joined().post(topic, payload)
+        self._session().post(topic, payload)
 
     def collect_receipts(self, topic: str, ranks: Iterable[int]) -> dict[int, bytes]:
-        return self._joined().collect(topic, ranks, f"send its {topic.split('/')[0]}")
+        return self._session().collect(topic, ranks, f"send its {topic}")
 
-    def _joined(self) -> Rendezvous:
-        if self._rendezvous is None:
+    def _session(self) -> Rendezvous:
+        if self._group.rendezvous is None:
             raise EngineError("this engine is in no group; call init_process_group() first")
-        return self._rendezvous
+        return self._group.rendezvous
 
     def finalize(self) -> None:
-        thread, self._thread = self._thread, None
-        backend, self._backend = self._backend, None
-        if self._receiver is not None:
-            self._receiver.close()
-        self._sender = self._receiver = None
-        self._rendezvous = None
-        self._rank, self._streams, self._poison = None, 0, None
-        if backend is not None:
-            backend.close()
-        if thread is not None:
-            thread.shutdown(wait=False, cancel_futures=True)  # a call that is stuck in there ends by its own deadline
+        group, self._group = self._group, _Group()
+        if group.thread is None:
+            group.leave()
+        else:
+            ended = EngineError(f"finalize() ended a call of engine {self.name} that was under way")
+            group.thread.abandon(ended, group.leave, LEAVE_S)
 
-    def _submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
-        if self._poison is not None:
-            raise PoisonedError(f"this engine failed before ({self._poison}); call finalize() and set it up again")
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"twinkle-{self.name}")
-        return self._thread.submit(call, *args)
+    def _usable(self) -> _Group:
+        if self._group.poison:
+            raise PoisonedError(
+                f"this engine failed before ({self._group.poison}); call finalize() and set it up again"
+            )
+        if self._group.rank is None:
+            raise EngineError("this engine is in no group; call init_process_group() first")
+        return self._group
 
-    def _run(self, call: Callable[..., T], *args: Any) -> T:
-        future = self._submit(call, *args)
-        try:
-            return future.result()
-        except BaseException as error:
-            self._poisoned_by(error)
-            raise
+    def _submit(self, group: _Group, call: Callable[[], T]) -> Future[T]:
+        if group.thread is None:
+            group.thread = EngineThread(f"twinkle-{self.name}")
+        return group.thread.submit(call)
 
-    async def _run_async(self, call: Callable[..., T], *args: Any) -> T:
-        try:
-            return await self._await(self._submit(call, *args))
-        except PoisonedError:
-            raise
-        except BaseException as error:
-            self._poisoned_by(error)
-            raise
+    def _poison(self, group: _Group, error: BaseException) -> None:
+        if not group.poison:
+            group.poison = text_of(error)
+            logger.warning("engine %s: poisoned by %s: %s", self.name, type(error).__name__, group.poison)
 
-    async def _await(self, future: Future[T]) -> T:
-        return await asyncio.wrap_future(future)
 
-    def _poisoned_by(self, error: BaseException) -> None:
-        if self._poison is None:
-            self._poison = error
-            logger.warning("engine %s: poisoned by %s: %s", self.name, type(error).__name__, error)
+def _explain(error: EngineError, posted: dict[int, bytes]) -> EngineError:
+    """Prefers a receiver's own account of why it left over the broken connection that this side saw."""
+    for rank, data in posted.items():
+        ack = msgspec.msgpack.decode(data, type=Ack)
+        if ack.failure is not None:
+            cause = from_wire(ack.failure.type, f"rank {rank} gave up: {ack.failure.message}")
+            return cause if isinstance(cause, EngineError) else EngineError(str(cause))
+    return error
 
 
 def _exhaust(weights: Iterable[Any]) -> None:

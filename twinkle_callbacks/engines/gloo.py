@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 
 class _GlooWork:
+    """A broadcast under way. It keeps connections open, so it is let go of when it has ended or the group closes."""
+
     def __init__(self, work: Any, timeout_s: float) -> None:
-        self._work = work
+        self.work = work
         self._timeout_s = timeout_s
 
     def wait(self) -> None:
+        work, self.work = self.work, None
         try:
-            self._work.wait()
+            work.wait()
         except RuntimeError as error:
+            del work  # the error's traceback keeps this frame
             # Gloo has no error types, only texts such as "Timed out waiting" (gloo/transport/tcp).
             if "timed out" in str(error).lower():
                 raise DeadlineError(
@@ -41,6 +45,7 @@ class GlooBackend(CollectiveBackend):
 
     def __init__(self) -> None:
         self._group: Any = None
+        self._works: list[_GlooWork] = []
         self._timeout_s = 0.0
 
     def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
@@ -60,12 +65,16 @@ class GlooBackend(CollectiveBackend):
 
     def broadcast(self, buffer: torch.Tensor) -> Pending:
         try:
-            return _GlooWork(self._group.broadcast(buffer, 0), self._timeout_s)
+            work = _GlooWork(self._group.broadcast(buffer, 0), self._timeout_s)
         except RuntimeError as error:
             raise EngineError(f"Gloo refused a broadcast of {buffer.numel()} bytes: {error}") from error
+        self._works = [*(each for each in self._works if each.work is not None), work]
+        return work
 
     def close(self) -> None:
-        self._group = None
+        for each in self._works:
+            each.work = None
+        self._works, self._group = [], None
 
 
 class GlooCheckpointEngine(CollectiveCheckpointEngine):

@@ -1,8 +1,8 @@
 """Receivers' end of the wire: reads frames into two buckets in turn and hands out views into them.
 
-A tensor that came whole is not copied at all; one that came in chunks is put together in a tensor of its own. Views of
-a layout that comes again are kept. Runs on the engine's thread; digests are computed on one more, while the next bucket
-comes in.
+A tensor that came whole is not copied at all; those that come in chunks are put together in a further buffer, as large
+as the largest of them. Views of a layout that comes again are kept, until a stream ends that did not use it. Runs on
+the engine's thread; digests are computed on one more, while the next bucket comes in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import torch
 
 from twinkle_callbacks.buckets.digest import StreamDigest, first_few
-from twinkle_callbacks.buckets.frames import CONTROL_BYTES, Control, End, Entry, Failure, Kind, decode, layout_hash
+from twinkle_callbacks.buckets.frames import (
+    CONTROL_BYTES,
+    MAX_HEADER_BYTES,
+    Control,
+    End,
+    Entry,
+    Failure,
+    Kind,
+    decode,
+    layout_hash,
+)
+from twinkle_callbacks.buckets.layout import ALIGNMENT_BYTES
 from twinkle_callbacks.buckets.packing import dtype_of, memory, nbytes_of, view_at
 from twinkle_callbacks.engines.backend import CollectiveBackend
 from twinkle_callbacks.errors import DigestMismatchError, ProtocolError, from_wire
@@ -24,10 +35,25 @@ NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 class _Layout(NamedTuple):
-    """A bucket whose tensors are all whole, seen before: views into its buffer, kept for the next stream."""
+    """What a header says of a bucket, checked: its entries, and the bytes of its payload."""
+
+    entries: list[Entry]
+    payload_bytes: int
+
+
+class _Views(NamedTuple):
+    """The tensors of a bucket that are all whole, as views into its buffer, kept for the next stream."""
 
     tensors: NamedTensors
     data: list[memoryview]
+
+
+class _Joining(NamedTuple):
+    """A tensor that comes in chunks, and how many of its bytes are there."""
+
+    entry: Entry
+    flat: torch.Tensor
+    filled: int
 
 
 class FrameReceiver:
@@ -38,8 +64,9 @@ class FrameReceiver:
         self._bucket_bytes = bucket_bytes
         self._verify = verify
         self._buffers = [backend.allocate(0), backend.allocate(0)]
-        self._entries_of: dict[bytes, list[Entry]] = {}
-        self._layouts: list[dict[bytes, _Layout]] = [{}, {}]
+        self._joined = backend.allocate(0)
+        self._layouts: dict[bytes, _Layout] = {}
+        self._views: list[dict[bytes, _Views]] = [{}, {}]
         self._sequence = 0
         self._side = 0
         self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if verify else None
@@ -56,17 +83,24 @@ class FrameReceiver:
         self.digest = StreamDigest()
         self._tensors = 0
         self._payload_bytes = 0
-        self._partial: tuple[str, torch.Tensor] | None = None
+        self._used_layouts: set[bytes] = set()
+        self._joining: _Joining | None = None
+        self.may_read_ahead = True
 
     def next_bucket(self) -> NamedTensors | None:
         """Receives one frame: the tensors that it completes, or None at the stream's end, which `end` then describes.
 
-        The tensors of a bucket stay valid until the next call but one.
+        The tensors stay valid until the next call but one, or until the next call if `may_read_ahead` is false: then
+        one of them is in the buffer for tensors that come in chunks.
         """
         if self.end is not None:
             self._start_stream()
         control = Control.unpack(bytes(self._receive(CONTROL_BYTES).numpy()), self._sequence)
         self._sequence += 1
+        if control.header_bytes > MAX_HEADER_BYTES:
+            raise ProtocolError(
+                f"a header of {control.header_bytes} bytes comes, at most {MAX_HEADER_BYTES} are allowed"
+            )
         header = bytes(self._receive(control.header_bytes).numpy()) if control.header_bytes else b""
         if control.kind is Kind.ERROR:
             failure = decode(header, Failure)
@@ -74,54 +108,66 @@ class FrameReceiver:
         if control.kind is Kind.END:
             self._finish(decode(header, End))
             return None
-        entries = self._entries(control, header)
-        if control.payload_bytes > self._bucket_bytes:
-            raise ProtocolError(f"a bucket of {control.payload_bytes} bytes exceeds bucket_size={self._bucket_bytes}")
-        if len(entries) == 1 and not _is_whole(entries[0]):
-            tensors = self._receive_chunk(entries[0])
+        layout = self._layout(control, header)
+        self.may_read_ahead = True
+        if len(layout.entries) == 1 and not _is_whole(layout.entries[0]):
+            tensors = self._receive_chunk(layout.entries[0])
         else:
-            tensors = self._receive_bucket(entries, control)
-        self._payload_bytes += control.payload_bytes
+            tensors = self._receive_bucket(layout, control.layout)
+        self._payload_bytes += layout.payload_bytes
         self._tensors += len(tensors)
         return tensors
 
-    def _entries(self, control: Control, header: bytes) -> list[Entry]:
-        if not header:
-            try:
-                return self._entries_of[control.layout]
-            except KeyError:
-                raise ProtocolError(f"the sender refers to layout {control.layout.hex()}, never seen here") from None
+    def _layout(self, control: Control, header: bytes) -> _Layout:
+        if header:
+            self._layouts[control.layout] = self._checked(control, header)
+        layout = self._layouts.get(control.layout)
+        if layout is None:
+            raise ProtocolError(f"the sender refers to layout {control.layout.hex()}, unknown here")
+        if control.payload_bytes != layout.payload_bytes:
+            raise ProtocolError(
+                f"a bucket of {control.payload_bytes} bytes came with a layout of {layout.payload_bytes} bytes"
+            )
+        self._used_layouts.add(control.layout)
+        return layout
+
+    def _checked(self, control: Control, header: bytes) -> _Layout:
         if layout_hash(header) != control.layout:
             raise ProtocolError("a bucket's header does not match its hash")
         entries = decode(header, list[Entry])
         for entry in entries:
             total = nbytes_of(dtype_of(entry.dtype), entry.shape)
-            inside = 0 <= entry.offset <= entry.offset + entry.nbytes <= control.payload_bytes
-            if not inside or not 0 <= entry.start <= entry.start + entry.nbytes <= total:
-                raise ProtocolError(f"entry {entry} does not fit a bucket of {control.payload_bytes} bytes")
-        self._entries_of[control.layout] = entries
-        return entries
+            inside = 0 <= entry.start <= entry.start + entry.nbytes <= total
+            placed = entry.offset >= 0 and entry.offset % ALIGNMENT_BYTES == 0
+            if not inside or not placed or any(side < 0 for side in entry.shape):
+                raise ProtocolError(f"{entry} describes no tensor or chunk that can be in a bucket")
+        layout = _Layout(entries, max((entry.offset + entry.nbytes for entry in entries), default=0))
+        if layout.payload_bytes > self._bucket_bytes:
+            raise ProtocolError(f"a bucket of {layout.payload_bytes} bytes exceeds bucket_size={self._bucket_bytes}")
+        if sum(not _is_whole(entry) for entry in entries) > 1:
+            raise ProtocolError("a bucket holds chunks of more than one tensor")
+        return layout
 
-    def _receive_bucket(self, entries: list[Entry], control: Control) -> NamedTensors:
+    def _receive_bucket(self, layout: _Layout, key: bytes) -> NamedTensors:
         self._side = side = 1 - self._side
         self._wait_digests(self._digesting[side])  # of the bucket that was in this buffer before
-        if control.payload_bytes > self._buffers[side].numel():
-            self._layouts[side].clear()
-            self._buffers[side] = self._backend.allocate(control.payload_bytes)
-        if control.payload_bytes:
-            self._backend.broadcast(self._buffers[side][: control.payload_bytes]).wait()
-        layout = self._layouts[side].get(control.layout)
-        if layout is None and all(_is_whole(entry) for entry in entries):
-            layout = self._layouts[side][control.layout] = self._view_all(self._buffers[side], entries)
-        if layout is None:
-            return [item for entry in entries for item in self._unpack(side, entry)]
-        self._digest(side, self.digest.add_tensors, [name for name, _ in layout.tensors], layout.data)
-        return layout.tensors
+        if layout.payload_bytes > self._buffers[side].numel():
+            self._views[side].clear()
+            self._buffers[side] = self._backend.allocate(layout.payload_bytes)
+        if layout.payload_bytes:
+            self._backend.broadcast(self._buffers[side][: layout.payload_bytes]).wait()
+        views = self._views[side].get(key)
+        if views is None and all(_is_whole(entry) for entry in layout.entries):
+            views = self._views[side][key] = self._view_all(self._buffers[side], layout.entries)
+        if views is None:
+            return [item for entry in layout.entries for item in self._unpack(side, entry)]
+        self._digest(side, self.digest.add_tensors, [name for name, _ in views.tensors], views.data)
+        return views.tensors
 
-    def _view_all(self, buffer: torch.Tensor, entries: list[Entry]) -> _Layout:
+    def _view_all(self, buffer: torch.Tensor, entries: list[Entry]) -> _Views:
         tensors = [(e.name, view_at(buffer, e.offset, dtype_of(e.dtype), e.shape)) for e in entries]
         data = [memory(buffer)[e.offset : e.offset + e.nbytes] for e in entries] if self._verify else []
-        return _Layout(tensors, data)
+        return _Views(tensors, data)
 
     def _unpack(self, side: int, entry: Entry) -> NamedTensors:
         buffer = self._buffers[side]
@@ -140,21 +186,36 @@ class FrameReceiver:
         return self._complete(entry, place)
 
     def _place_of(self, entry: Entry) -> torch.Tensor:
-        if entry.start == 0:
-            self._partial = (entry.name, self._backend.allocate(nbytes_of(dtype_of(entry.dtype), entry.shape)))
-        if self._partial is None or self._partial[0] != entry.name:
+        if entry.start == 0 and self._joining is None:
+            self._joining = _Joining(entry, self._room_for(nbytes_of(dtype_of(entry.dtype), entry.shape)), 0)
+        known = self._joining
+        if known is None or (entry.name, entry.dtype, entry.shape) != (
+            known.entry.name,
+            known.entry.dtype,
+            known.entry.shape,
+        ):
             raise ProtocolError(f"a chunk of {entry.name!r} at byte {entry.start} came without the ones before it")
-        return self._partial[1][entry.start : entry.start + entry.nbytes]
+        if entry.start != known.filled:
+            raise ProtocolError(
+                f"a chunk of {entry.name!r} at byte {entry.start} came where byte {known.filled} is next"
+            )
+        return known.flat[entry.start : entry.start + entry.nbytes]
+
+    def _room_for(self, nbytes: int) -> torch.Tensor:
+        self._wait_digests(self._digesting[-1])  # of the tensor that was there before
+        if nbytes > self._joined.numel():
+            self._joined = self._backend.allocate(nbytes)
+        return self._joined[:nbytes]
 
     def _complete(self, entry: Entry, chunk: torch.Tensor) -> NamedTensors:
-        end = entry.start + entry.nbytes
-        assert self._partial is not None
-        flat = self._partial[1]
-        first, last = entry.start == 0, end == flat.numel()
+        assert self._joining is not None
+        flat, filled = self._joining.flat, entry.start + entry.nbytes
+        self._joining = self._joining._replace(filled=filled)
+        first, last = entry.start == 0, filled == flat.numel()
         self._digest(-1, partial(self.digest.add_chunk, first=first, last=last), entry.name, memory(chunk))
-        if end < flat.numel():
+        if not last:
             return []
-        self._partial = None
+        self._joining, self.may_read_ahead = None, False
         return [(entry.name, flat.view(dtype_of(entry.dtype)).view(entry.shape))]
 
     def _digest(self, side: int, add: Callable[[Any, Any], None], names: Any, data: Any) -> None:
@@ -169,7 +230,7 @@ class FrameReceiver:
     def _finish(self, end: End) -> None:
         for pending in self._digesting:
             self._wait_digests(pending)
-        if self._partial is not None or (end.tensors, end.payload_bytes) != (self._tensors, self._payload_bytes):
+        if self._joining is not None or (end.tensors, end.payload_bytes) != (self._tensors, self._payload_bytes):
             raise ProtocolError(
                 f"the stream ended after {self._tensors} tensors and {self._payload_bytes} bytes; "
                 f"the sender counts {end.tensors} and {end.payload_bytes}"
@@ -178,6 +239,9 @@ class FrameReceiver:
             differing = self.digest.differing(end.digests)
             if differing:
                 raise DigestMismatchError(f"{len(differing)} tensors arrived damaged: {first_few(differing)}")
+        self._layouts = {key: layout for key, layout in self._layouts.items() if key in self._used_layouts}
+        for side, views in enumerate(self._views):
+            self._views[side] = {key: kept for key, kept in views.items() if key in self._used_layouts}
         self.end = end
 
     def _receive(self, nbytes: int) -> torch.Tensor:

@@ -4,9 +4,9 @@
     nonce ------------------------------->
           <------------- hello/r: rank, world, bucket size, its nonce, MAC(token, all of it and the master's nonce)
     welcome: MAC(token, every nonce) ----> or the reason why not, for every receiver
-    group key = MAC(token, every nonce): the prefix under which the data group's addresses are exchanged
+    group key = MAC(token, every nonce): the key under which the data group's addresses are exchanged, sealed
 
-Without the token no rank gets as far as the data group's addresses. Values are msgpack, never pickle.
+Without the token nobody can read or replace the data group's addresses. Values are msgpack, never pickle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from twinkle_callbacks.errors import (
 )
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, TCPStore
 
 MAC_BYTES = 32
 
@@ -78,9 +78,9 @@ def parse_metadata(metadata: dict[str, Any]) -> Metadata:
 class Rendezvous:
     """One session of an engine: the store, the key of the group, and authenticated receipts."""
 
-    def __init__(self, store: Store, metadata: Metadata, token: str, timeout_s: float) -> None:
+    def __init__(self, store: TCPStore, metadata: Metadata, token: str, timeout_s: float) -> None:
         self.metadata = metadata
-        self._store = store
+        self._opened: TCPStore | None = store
         self._token = token
         self._timeout_s = timeout_s
         self._key = b""
@@ -122,11 +122,21 @@ class Rendezvous:
             ) from error
         return cls(store, metadata, token, timeout_s)
 
-    def group_store(self) -> Store:
-        """The store under a prefix that only ranks with the token can compute."""
-        from torch.distributed import PrefixStore
+    @property
+    def _store(self) -> TCPStore:
+        if self._opened is None:
+            raise EngineError("this session has ended; call prepare() and init_process_group() again")
+        return self._opened
 
-        return PrefixStore(auth.mac(self._token, "group", self._key).hex(), self._store)
+    def close(self) -> None:
+        """Leaves the session; on the master also ends it and lets go of the port. Idempotent."""
+        self._opened = None
+
+    def group_store(self) -> Store:
+        """Where the data group's ranks exchange their addresses: open to ranks with the token alone."""
+        from twinkle_callbacks.engines.sealed_store import SealedStore
+
+        return SealedStore(self._store, self._name("group"), auth.mac(self._token, "group", self._key))
 
     def admit(self, world_size: int, bucket_size: int) -> None:
         """On the master: checks the hello of every receiver, then welcomes all, or turns all away with the reason."""
@@ -147,20 +157,33 @@ class Rendezvous:
         """On a receiver: says hello and waits to be welcomed."""
         self._rank = rank
         [master_nonce] = self._wait(["nonce"], "be reached")
-        hello = msgspec.msgpack.encode(Hello(rank, world_size, bucket_size, PROTOCOL_VERSION, auth.nonce()))
+        own = auth.nonce()
+        hello = msgspec.msgpack.encode(Hello(rank, world_size, bucket_size, PROTOCOL_VERSION, own))
         signed = self._sign("hello", master_nonce, hello)
-        taken: bytes = self._store.compare_set(self._name(f"hello/{rank}"), "", signed.hex())
-        if taken != signed.hex().encode():
-            raise EngineError(f"rank {rank} is taken by another receiver of this session; give each its own rank")
+        self._claim(rank, signed.hex())
         [value] = self._wait(["welcome"], "admit every receiver")
-        welcome = msgspec.msgpack.decode(value, type=Welcome)
+        try:
+            welcome = msgspec.msgpack.decode(value, type=Welcome)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise AuthenticationError(f"the welcome at {self.metadata.host} is not the master's: {error}") from None
         if welcome.failure is not None:
             raise from_wire(welcome.failure.type, f"the master turned this session away: {welcome.failure.message}")
         self._key = b"".join(welcome.nonces)
         expected = auth.mac(self._token, "welcome", self.metadata.session, self._key)
-        own = msgspec.msgpack.decode(hello, type=Hello).nonce
-        if own not in welcome.nonces or not auth.verify(expected, welcome.mac):
+        if not auth.verify(expected, welcome.mac):
             raise AuthenticationError(_other_token(f"the master at {self.metadata.host}"))
+        if own not in welcome.nonces:
+            raise EngineError(
+                f"rank {rank} has world_size={world_size}, the master {len(welcome.nonces)}; they must be the same"
+            )
+
+    def _claim(self, rank: int, hello: str) -> None:
+        try:
+            taken = self._store.compare_set(self._name(f"hello/{rank}"), "", hello)
+        except RuntimeError as error:
+            raise EngineError(f"the master at {self.metadata.host} is gone: {_text(error)}") from error
+        if taken != hello.encode():
+            raise EngineError(f"rank {rank} is taken by another receiver of this session; give each its own rank")
 
     def post(self, topic: str, payload: bytes) -> None:
         """On a receiver: leaves an authenticated message for the master."""

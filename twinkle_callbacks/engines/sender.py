@@ -2,21 +2,21 @@
 
 Each byte is copied once (tensor to bucket) before the wire, or not at all where the backend sends large tensors from
 where they are. The plan of a stream is kept: a stream like the one before it is neither planned nor described again.
-Runs on the engine's thread.
+Both ends forget a layout when a stream ends that did not use it. Runs on the engine's thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from twinkle_callbacks.buckets.digest import StreamDigest
-from twinkle_callbacks.buckets.frames import Control, End, Entry, Failure, Kind, encode, layout_hash
+from twinkle_callbacks.buckets.frames import MAX_HEADER_BYTES, Control, End, Entry, Failure, Kind, encode, layout_hash
 from twinkle_callbacks.buckets.layout import BucketPlanner, Chunk
-from twinkle_callbacks.buckets.packing import as_bytes, dtype_name, memory, view_at
+from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory, view_at
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.base import SendStats
 from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
@@ -49,7 +49,11 @@ class _Bucket:
 
 
 class FrameSender:
-    """Sends streams of tensors as frames, one stream after another, over a connected backend."""
+    """Sends streams of tensors as frames, one stream after another, over a connected backend.
+
+    Attributes:
+        source_failed: whether the last error came from the tensors to be sent rather than from the wire.
+    """
 
     def __init__(self, backend: CollectiveBackend, bucket_bytes: int, *, verify: bool) -> None:
         self._backend = backend
@@ -61,7 +65,10 @@ class FrameSender:
         self._plan: list[_Step] = []
         self._headers: dict[tuple[int, int], tuple[bytes, bytes]] = {}
         self._known_layouts: set[bytes] = set()
+        self._used_layouts: set[bytes] = set()
         self._sequence = 0
+        self._source_s = 0.0
+        self.source_failed = False
 
     @torch.no_grad()
     def send(self, weights: Iterable[tuple[str, torch.Tensor]]) -> SendStats:
@@ -69,28 +76,44 @@ class FrameSender:
         self._digest = StreamDigest()
         self._bucket = _Bucket(0)
         self._payload_bytes = 0
-        tensors, source_s = 0, 0.0
-        iterator = iter(weights)
-        began = time.perf_counter()
+        self._source_s, self.source_failed = 0.0, False
+        tensors = 0
         try:
-            for name, tensor in iterator:
+            for name, tensor in self._drawn(iter(weights)):
+                if not isinstance(name, str):
+                    raise SourceError(f"{name!r}: expected the name of a tensor, got {type(name).__name__}")
                 if not isinstance(tensor, torch.Tensor):
                     raise SourceError(f"{name!r}: expected a tensor, got {type(tensor).__name__}")
-                source_s += time.perf_counter() - began
                 self._send_tensor(self._step(tensors, name, tensor), tensor)
                 tensors += 1
-                began = time.perf_counter()
-        except (EngineError, DeadlineError):
-            raise  # the wire itself is broken, so nothing can be said on it
+            self._flush(0)
         except Exception as error:
+            if not self.source_failed and isinstance(error, (EngineError, DeadlineError)):
+                raise  # the wire itself is broken, so nothing can be said on it
+            self.source_failed = True
             self._send_failure(error)
             raise
-        self._flush(0)
         self._drain()
         digest = self._digest.hexdigest() if self._verify else ""
         end = End(tensors, self._payload_bytes, self._digest.pack(), digest)
         self._send_frame(Kind.END, encode(end))
-        return SendStats(tensors, self._payload_bytes, source_s, digest, end.digests)
+        self._known_layouts, self._used_layouts = self._used_layouts, set()
+        return SendStats(tensors, self._payload_bytes, self._source_s, digest, end.digests)
+
+    def _drawn(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors as they are asked for; keeps the time that this takes, and whether it fails."""
+        while True:
+            began = time.perf_counter()
+            try:
+                item = next(weights)
+            except StopIteration:
+                return
+            except BaseException:
+                self.source_failed = True
+                raise
+            finally:
+                self._source_s += time.perf_counter() - began
+            yield item
 
     def _step(self, index: int, name: str, tensor: torch.Tensor) -> _Step:
         """The plan's step for this tensor; plans anew from here on if the stream differs from the one before."""
@@ -117,7 +140,7 @@ class FrameSender:
         view = data = None
         if len(chunks) == 1:
             buffer = self._buffers[chunks[0].bucket % 2]
-            view = view_at(buffer, chunks[0].offset, tensor.dtype, shape)
+            view = copyable(view_at(buffer, chunks[0].offset, tensor.dtype, shape))
             if self._verify:
                 data = memory(buffer)[chunks[0].offset : chunks[0].offset + nbytes]
         return _Step(name, tensor.dtype, tensor.shape, entries, chunks, view, data)
@@ -142,7 +165,7 @@ class FrameSender:
             self._send_direct(step, tensor)
         elif step.view is not None:
             self._enter(step.chunks[0])
-            step.view.copy_(tensor)
+            step.view.copy_(copyable(tensor))
             self._bucket.steps.append(step)
             self._add(step.entries[0])
         else:
@@ -198,10 +221,15 @@ class FrameSender:
         header, layout = self._headers.get(key, (b"", b""))
         if not layout:
             header = encode(entries)
+            if len(header) > MAX_HEADER_BYTES:
+                raise SourceError(
+                    f"{len(entries)} tensors in one bucket need a header of {len(header)} bytes, at most "
+                    f"{MAX_HEADER_BYTES} are allowed; make bucket_size smaller"
+                )
             layout = layout_hash(header)
             self._headers[key] = (header, layout)
-        known = layout in self._known_layouts
-        self._known_layouts.add(layout)
+        known = layout in self._known_layouts or layout in self._used_layouts
+        self._used_layouts.add(layout)
         self._send_frame(Kind.BUCKET, b"" if known else header, payload_bytes, layout)
 
     def _digest_bucket(self) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -208,7 +207,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         thread, self._thread = self._thread, None
         self._staged = None
         if engine is not None:
-            threading.Thread(target=engine.finalize, name="twinkle-leave", daemon=True).start()
+            engine.finalize()
         if thread is not None:
             thread.shutdown(wait=False, cancel_futures=True)
 

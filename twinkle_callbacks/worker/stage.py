@@ -6,7 +6,7 @@ import torch
 
 from twinkle_callbacks.buckets.digest import StreamDigest, first_few
 from twinkle_callbacks.buckets.layout import TensorSpec
-from twinkle_callbacks.buckets.packing import as_bytes, dtype_name, memory
+from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory
 from twinkle_callbacks.errors import DigestMismatchError
 
 
@@ -23,7 +23,9 @@ class Stage:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Keeps a copy; `tensor` is a view into a wire bucket that will be used again."""
-        staged = self.tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        source = copyable(tensor)
+        staged = torch.empty(source.shape, dtype=source.dtype).copy_(source).view(tensor.dtype)
+        self.tensors[name] = staged
         if self._digest is not None:
             self._digest.add_tensors([name], [memory(as_bytes(staged))])
 

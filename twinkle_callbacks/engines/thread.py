@@ -1,0 +1,78 @@
+"""The thread that an engine's blocking calls run on, so that neither an event loop nor a caller's thread is stuck."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Runs calls in the order in which they are submitted.
+
+    A transport's call cannot be interrupted from outside; it ends by its own deadline. `abandon` frees those who wait
+    for it, and as a daemon the thread keeps no process alive for it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._waiting: set[Future[Any]] = set()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Queues a call."""
+        future: Future[T] = Future()
+        with self._lock:
+            self._waiting.add(future)
+        self._calls.put((future, call))
+        return future
+
+    def abandon(self, error: Exception, last: Callable[[], None], patience_s: float) -> None:
+        """Fails every call that has not ended, and ends the thread after one more call.
+
+        Args:
+            error: what those who wait for a call get.
+            last: runs on the thread once the call under way, if any, has ended.
+            patience_s: seconds to wait for `last`, unless a call is under way.
+        """
+        with self._lock:
+            abandoned, self._waiting = self._waiting, set()
+        is_busy = any(future.running() for future in abandoned)
+        for future in abandoned:
+            with contextlib.suppress(InvalidStateError):  # cancelled by whoever waited for it
+                future.set_exception(error)
+        leaving = self.submit(last)
+        self._calls.put(None)
+        if not is_busy:
+            leaving.exception(patience_s)
+            self._thread.join(patience_s)
+
+    def _run(self) -> None:
+        while (item := self._calls.get()) is not None:
+            self._work_off(*item)
+            del item  # what a call holds may not outlive it
+
+    def _work_off(self, future: Future[Any], call: Callable[[], Any]) -> None:
+        with self._lock:
+            if future not in self._waiting or not future.set_running_or_notify_cancel():
+                return
+        result, error = None, None
+        try:
+            result = call()
+        except BaseException as raised:  # handed to whoever waits
+            error = raised
+        with self._lock:
+            if future not in self._waiting:
+                return  # abandoned
+            self._waiting.remove(future)
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
