@@ -140,7 +140,10 @@ def _explanations(error: ValidationError) -> Iterator[str]:
         if item["type"] == "extra_forbidden":
             yield f"unknown key {name!r}; known here are {', '.join(_fields(item['loc'][:-1]))}"
         else:
-            shown = "" if item["loc"][-1:] == ("token",) else f"={item['input']!r}"
+            is_shown = item["loc"][-1:] != ("token",) and not isinstance(
+                item["input"], dict
+            )  # which may hold the token
+            shown = f"={item['input']!r}" if is_shown else ""
             yield f"{name}{shown}: {item['msg'].removeprefix('Value error, ')}"
 
 

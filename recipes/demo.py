@@ -35,7 +35,9 @@ READY_TIMEOUT_S = 300.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo. Returns 0 if everything it promises came true, 1 if not."""
     options = _parser().parse_intermixed_args(argv)
-    command = " ".join(["python -m recipes.demo", *(sys.argv[1:] if argv is None else argv)])
+    arguments = sys.argv[1:] if argv is None else argv
+    shown = ["sync.token=..." if each.startswith("sync.token=") else each for each in arguments]
+    command = " ".join(["python -m recipes.demo", *shown])
     try:
         return run(options, command)
     except TwinkleError as error:

@@ -32,23 +32,33 @@ def load_token(explicit: str | None = None) -> str:
     """Returns the token: the one given, else `$TWINKLE_TOKEN`, else the user's token file, which is made if missing.
 
     Raises:
-        AuthenticationError: the token is shorter than 16 characters, or its file is readable by other users.
+        AuthenticationError: the token is shorter than 16 characters, or its file is readable by other users, or cannot
+            be made or read.
     """
     token = explicit or os.environ.get(TOKEN_ENV)
     if token is None:
         path = token_path()
-        if not path.exists():
-            _create(path)
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & 0o077:
-            raise AuthenticationError(f"token file {path} has mode {mode:o}, others can read it; run: chmod 600 {path}")
-        token = path.read_text().strip()
+        try:
+            token = _read(path)
+        except AuthenticationError:  # which is an OSError too
+            raise
+        except OSError as error:
+            raise AuthenticationError(f"no token: {path} cannot be made or read ({error}); set {TOKEN_ENV}") from error
     if len(token) < MIN_TOKEN_CHARS:
         raise AuthenticationError(
             f"the token has {len(token)} characters, at least {MIN_TOKEN_CHARS} are needed; "
             f"make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
     return token
+
+
+def _read(path: Path) -> str:
+    if not path.exists():
+        _create(path)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise AuthenticationError(f"token file {path} has mode {mode:o}, others can read it; run: chmod 600 {path}")
+    return path.read_text().strip()
 
 
 def _create(path: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from twinkle_callbacks.errors import ConfigError
 
+BACKEND = "twinkle"  # our weight-transfer backend, as vLLM knows it
 DEFAULT_ROLLOUT = "http://127.0.0.1:8000"
 
 PauseMode = Literal["keep", "wait", "abort"]

@@ -15,6 +15,7 @@
       RolloutError              (RuntimeError)     a rollout refused a request or does not fit the settings
         RolloutUnreachableError (ConnectionError)  ... or nobody answers at its address
       SyncError                 (RuntimeError)     a push failed; carries the phase and the rollouts
+        BrokenCommitError                          ... and left rollouts unable to serve; never skipped
 
 Each is also the standard type in brackets, takes the message as its only argument (so it pickles), and says what
 happened, with which value, and what to do.
@@ -24,7 +25,13 @@ from __future__ import annotations
 
 
 class TwinkleError(Exception):
-    """Root of all errors of this package."""
+    """Root of all errors of this package.
+
+    Attributes:
+        rollouts: names of the rollouts concerned, empty where none is or none is known.
+    """
+
+    rollouts: tuple[str, ...] = ()
 
 
 class ConfigError(TwinkleError, ValueError):
@@ -80,10 +87,10 @@ class RolloutUnreachableError(RolloutError, ConnectionError):
 
 
 class SyncError(TwinkleError, RuntimeError):
-    """A push failed; the rollouts go on serving the weights they had.
+    """A push failed. Rollouts that had not committed go on serving the weights they had, the others the new ones.
 
     Attributes:
-        phase: the phase that failed: `start`, `transfer`, `commit` or `resume`.
+        phase: the phase that failed: `start`, `transfer`, `check` or `commit`.
         rollouts: names of the rollouts concerned, empty when the trainer itself failed.
     """
 
@@ -94,6 +101,13 @@ class SyncError(TwinkleError, RuntimeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class BrokenCommitError(SyncError):
+    """A commit broke off, or nobody knows how far it came: these rollouts may not serve until a push succeeds.
+
+    Servers stay paused until then. An engine in this process cannot be stopped: do not generate with it.
+    """
 
 
 _BY_NAME = {cls.__name__: cls for cls in [TwinkleError]}

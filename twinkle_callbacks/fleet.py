@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -27,10 +27,11 @@ from twinkle_callbacks.errors import (
     SyncError,
     TwinkleError,
     from_wire,
+    text_of,
 )
 from twinkle_callbacks.report import ReplicaReport
 from twinkle_callbacks.rollouts import Rollout, open_rollout
-from twinkle_callbacks.worker.messages import ABORT, RECEIVE, Committed, Joined, JoinRequest, Staged
+from twinkle_callbacks.worker.messages import ABORT, CHECK, RECEIVE, Checked, Committed, Joined, JoinRequest, Staged
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,7 +39,10 @@ T = TypeVar("T")
 
 @dataclass
 class Replica:
-    """One rollout and the ranks of its workers in the engine's group."""
+    """One rollout and the ranks of its workers in the engine's group.
+
+    `may_serve`: its weights are whole, and its version and caches are theirs.
+    """
 
     rollout: Rollout
     ranks: range
@@ -46,7 +50,7 @@ class Replica:
     staged: list[Staged] = field(default_factory=list)
     in_update: bool = False
     paused: bool = False
-    intact: bool = True
+    may_serve: bool = True
 
     @property
     def name(self) -> str:
@@ -74,16 +78,22 @@ class Fleet:
         rollouts = [open_rollout(r, token=self._token, timeout_s=settings.timeout_s) for r in settings.rollouts]
         first_rank = 1
         for rollout in rollouts:
+            if rollout.token not in (None, self._token):
+                raise ConfigError(f"{rollout.name} has another token than the setting `token`; give both the same")
             size = rollout.world_size()
             self.replicas.append(Replica(rollout, range(first_rank, first_rank + size)))
             first_rank += size
         engine = self.engine = self._make_engine(rollouts)
         metadata = engine.prepare()
         self._each(lambda replica: replica.rollout.join(self._invitation(replica, metadata, first_rank)))
-        engine.init_process_group(0, first_rank, master_metadata=metadata)
-        for replica, joined in zip(self.replicas, self._receipts("joined", Joined), strict=True):
-            replica.joined = joined
-            replica.in_update = any(worker.in_update for worker in joined)
+        try:
+            engine.init_process_group(0, first_rank, master_metadata=metadata)
+        except TwinkleError as error:
+            raise type(error)(f"{error} ({self._who()}; its own log may say more)") from error
+        for replica in self.replicas:
+            replica.joined = self._receipts_of(replica, "joined", Joined)
+            replica.in_update = any(worker.in_update for worker in replica.joined)
+            replica.may_serve = all(worker.intact for worker in replica.joined)
         self._each(self._end_update)
         self._check_servers()
         logger.info("synced with %s over engine %s", ", ".join(r.name for r in self.replicas), engine.name)
@@ -125,11 +135,6 @@ class Fleet:
                     f"{replica.name} runs with enable_lora=True, but merge_and_sync=True sends merged weights; "
                     f"start the server without --enable-lora, or set merge_and_sync=False"
                 )
-            if not runs.enable_lora and not self.settings.merge_and_sync:
-                raise RolloutError(
-                    f"{replica.name} runs with enable_lora=False, but merge_and_sync=False sends an adapter; "
-                    f"start the server with --enable-lora, or set merge_and_sync=True"
-                )
             if runs.quantization is not None:
                 raise RolloutError(
                     f"{replica.name} runs a model quantized with {runs.quantization}, which this version cannot sync; "
@@ -158,54 +163,73 @@ class Fleet:
 
     def collect_staged(self) -> str:
         """Waits until every worker holds the whole stream. Returns its digest."""
-        for replica, staged in zip(self.replicas, self._receipts(f"staged-{self._push}", Staged), strict=True):
-            replica.staged = staged
-            _raise_failure(replica, staged, "transfer")
+        for replica in self.replicas:
+            replica.staged = self._receipts_of(replica, f"staged-{self._push}", Staged)
+            _raise_failure(replica, replica.staged)
         return self.replicas[0].staged[0].digest
+
+    def check(self) -> None:
+        """Asks every worker whether its model takes what it staged. Nobody is paused for it."""
+        self._each(self._check)
+
+    def _check(self, replica: Replica) -> None:
+        replica.rollout.update({"action": CHECK, "push": self._push})
+        _raise_failure(replica, self._receipts_of(replica, f"checked-{self._push}", Checked))
+
+    def located(self, error: TwinkleError) -> SyncError:
+        """An error of the data plane, which knows ranks only, with the rollouts behind them."""
+        names = tuple(replica.name for replica in self.replicas)
+        return SyncError(f"{type(error).__name__}: {error} ({self._who()})", "transfer", names)
+
+    def _who(self) -> str:
+        return "; ".join(
+            f"rank {r.ranks[0]} is {r.name}"
+            if len(r.ranks) == 1
+            else f"ranks {r.ranks[0]} to {r.ranks[-1]} are {r.name}"
+            for r in self.replicas
+        )
 
     def commit(self, version: int) -> list[ReplicaReport]:
         """Pauses, commits on every rollout, sets the version, resumes.
 
         Raises:
-            SyncError: some did not commit. Those that did serve the new version; the error names the others.
+            TwinkleError: some did not commit. Those that did serve the new version; the error names another.
         """
-        keep_cache = self.settings.stale_kv == "keep"
-        self._each(lambda replica: self._pause(replica, self.settings.pause_mode, clear_cache=not keep_cache))
-        failures = self._attempt_each(self._finish)
-        reports = []
-        for replica in [r for r in self.replicas if id(r) not in failures]:
-            try:
-                reports.append(self._read_commit(replica, version))
-            except TwinkleError as error:
-                failures[id(replica)] = error
-        for replica in [r for r in self.replicas if id(r) not in failures]:
-            replica.rollout.set_version(version)
-            if not keep_cache:
-                replica.rollout.reset_cache()
-        if failures:
-            raise next(iter(failures.values()))
+        self._each(self._pause)
+        reports: dict[int, ReplicaReport] = {}
+
+        def commit(replica: Replica) -> None:
+            reports[id(replica)] = self._commit(replica, version)
+
+        self._each(commit)
         self._each(self._resume)
-        return reports
+        return [reports[id(replica)] for replica in self.replicas]
 
-    def _read_commit(self, replica: Replica, version: int) -> ReplicaReport:
-        committed = self._receipts_of(replica, f"committed-{self._push}", Committed)
-        replica.intact = all(worker.intact for worker in committed)
-        _raise_failure(replica, committed, "commit")
-        staged = replica.staged[0]
-        seconds = max(worker.seconds for worker in committed)
-        return ReplicaReport(replica.name, version, staged.digest, staged.tensors, seconds)
+    def _pause(self, replica: Replica) -> None:
+        replica.paused = True  # also if it fails: vLLM pauses first, then waits and clears its caches
+        replica.rollout.pause(self.settings.pause_mode, clear_cache=self.settings.stale_kv != "keep")
 
-    def _pause(self, replica: Replica, mode: str, *, clear_cache: bool) -> None:
-        replica.rollout.pause(mode, clear_cache=clear_cache)
-        replica.paused = True
-
-    def _finish(self, replica: Replica) -> None:
+    def _commit(self, replica: Replica, version: int) -> ReplicaReport:
+        could_serve, replica.may_serve = replica.may_serve, False
         try:
             replica.rollout.finish()
         except (DeadlineError, RolloutUnreachableError):
-            replica.intact = False  # nobody knows how far it came
+            raise  # nobody knows how far it came
+        except TwinkleError:
+            replica.may_serve = could_serve
             raise
         replica.in_update = False
+        committed = self._receipts_of(replica, f"committed-{self._push}", Committed)
+        if any(worker.failure for worker in committed):
+            replica.may_serve = all(worker.intact for worker in committed)
+        _raise_failure(replica, committed)
+        replica.rollout.set_version(version)
+        if self.settings.stale_kv != "keep":
+            replica.rollout.reset_cache()
+        replica.may_serve = True
+        staged = replica.staged[0]
+        seconds = max(worker.seconds for worker in committed)
+        return ReplicaReport(replica.name, version, staged.digest, staged.tensors, seconds)
 
     def _resume(self, replica: Replica) -> None:
         if replica.paused:
@@ -215,23 +239,30 @@ class Fleet:
     def _end_update(self, replica: Replica) -> None:
         if replica.in_update:
             replica.rollout.update({"action": ABORT})
-            self._finish(replica)
+            replica.rollout.finish()
+            replica.in_update = False
 
-    def abort(self) -> None:
-        """After a failure: closes open sessions and resumes every rollout whose weights are whole, old or new.
+    def abort(self) -> list[str]:
+        """After a failure: closes open sessions and resumes every rollout that may serve, with old weights or new.
 
-        A rollout whose commit broke off stays paused until a push succeeds. Logs what it cannot put in order; raises
-        nothing.
+        Returns:
+            Names of those that may not serve until a push succeeds. What else cannot be put in order is logged.
         """
-        for replica in self.replicas:
-            try:
-                self._end_update(replica)
-                if replica.intact:
-                    self._resume(replica)
-                else:
-                    logger.error("%s failed in the commit and stays paused until the next push succeeds", replica.name)
-            except TwinkleError as error:
-                logger.error("%s could not be put in order: %s", replica.name, error)
+
+        def put_in_order(replica: Replica) -> None:
+            if replica.may_serve:
+                self._resume(replica)
+            self._end_update(replica)
+
+        for error in self._attempt_each(put_in_order).values():
+            logger.error("%s could not be put in order: %s", ", ".join(error.rollouts), error)
+        stopped = [replica.name for replica in self.replicas if not replica.may_serve]
+        self.disconnect()
+        return stopped
+
+    def leave(self) -> None:
+        """Lets the rollouts free their end of the engine, then disconnects."""
+        self._attempt_each(lambda replica: replica.rollout.leave())
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -243,12 +274,12 @@ class Fleet:
             replica.rollout.close()
         self.replicas = []
 
-    def _receipts(self, topic: str, kind: type[T]) -> list[list[T]]:
-        return [self._receipts_of(replica, topic, kind) for replica in self.replicas]
-
     def _receipts_of(self, replica: Replica, topic: str, kind: type[T]) -> list[T]:
         assert self.engine is not None
-        messages = self.engine.collect_receipts(topic, replica.ranks)
+        try:
+            messages = self.engine.collect_receipts(topic, replica.ranks)
+        except TwinkleError as error:
+            raise _concerning(replica, type(error)(f"{replica.name}: {error}")) from error
         return [msgspec.msgpack.decode(messages[rank], type=kind) for rank in replica.ranks]
 
     def _each(self, call: Callable[[Replica], None]) -> None:
@@ -262,23 +293,30 @@ class Fleet:
             try:
                 call(replica)
             except TwinkleError as error:
-                return error
+                return _concerning(replica, error)
+            except Exception as error:  # one rollout's trouble may not keep the others from being put in order
+                logger.exception("%s: unexpected error", replica.name)
+                return _concerning(replica, RolloutError(f"{replica.name}: {type(error).__name__}: {text_of(error)}"))
             return None
 
-        if len(self.replicas) == 1:  # stays on the caller's thread, for an engine in this process
-            outcomes = [attempt(self.replicas[0])]
+        if len(self.replicas) <= 1:  # stays on the caller's thread, for an engine in this process
+            outcomes = [attempt(replica) for replica in self.replicas]
         else:
             with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="twinkle-rollout") as pool:
                 outcomes = list(pool.map(attempt, self.replicas))
         return {id(r): error for r, error in zip(self.replicas, outcomes, strict=True) if error is not None}
 
 
-def _raise_failure(replica: Replica, receipts: Sequence[Staged] | Sequence[Committed], phase: str) -> None:
-    receipts_by_rank: Iterable[tuple[int, Staged | Committed]] = zip(replica.ranks, receipts, strict=True)
-    for rank, receipt in receipts_by_rank:
+def _concerning(replica: Replica, error: TwinkleError) -> TwinkleError:
+    error.rollouts = error.rollouts or (replica.name,)
+    return error
+
+
+def _raise_failure(replica: Replica, receipts: Sequence[Staged | Checked | Committed]) -> None:
+    for rank, receipt in zip(replica.ranks, receipts, strict=True):
         if receipt.failure is not None:
             cause = from_wire(receipt.failure.type, receipt.failure.message, RolloutError)
-            raise SyncError(f"{replica.name} (rank {rank}): {cause}", phase, (replica.name,)) from cause
+            raise _concerning(replica, type(cause)(f"{replica.name} (rank {rank}): {cause}")) from cause
 
 
 def _shape(runs: Joined) -> str:

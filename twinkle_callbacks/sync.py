@@ -4,11 +4,12 @@
     every rank   push:  rank 0 opens a session on each rollout
                         -> sources/  stream of (checkpoint name, full tensor), gathered by all ranks in the same order
                         -> engines/  rank 0 sends it in buckets ==== wire ==== worker/ stages it, compares digests
-                        rank 0 pauses the rollouts, they check and commit, it sets the version and resumes
+                        the workers check names and shapes against vLLM's loader
+                        rank 0 pauses the rollouts, they commit, it sets the version and resumes
                         the report, or the error, is shared: all ranks return it or all raise it
 
-Nothing is committed before every worker of every rollout holds the whole stream, digest for digest. After an error the
-engine is dropped, the rollouts go on with the weights they had, and the next push shakes hands anew.
+Nothing is committed before every worker of every rollout holds the whole stream, digest for digest, and takes it. After
+an error the engine is dropped, the rollouts go on with the weights they had, and the next push shakes hands anew.
 """
 
 from __future__ import annotations
@@ -27,9 +28,22 @@ import torch
 from twinkle_callbacks.buckets.packing import dtype_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
 from twinkle_callbacks.engines.base import SendStats
-from twinkle_callbacks.errors import ConfigError, DigestMismatchError, SyncError, TwinkleError, from_wire, text_of
+from twinkle_callbacks.errors import (
+    BrokenCommitError,
+    ConfigError,
+    DeadlineError,
+    DigestMismatchError,
+    EngineError,
+    RolloutError,
+    SourceError,
+    SyncError,
+    TwinkleError,
+    from_wire,
+    text_of,
+)
 from twinkle_callbacks.fleet import Fleet
-from twinkle_callbacks.report import ReplicaReport, SyncReport
+from twinkle_callbacks.report import SyncReport
+from twinkle_callbacks.rollouts import LocalRollout
 from twinkle_callbacks.sources import WeightSource, open_source
 from twinkle_callbacks.trainer_group import TrainerGroup
 
@@ -108,7 +122,8 @@ class WeightSynchronizer:
             The report, the same on every rank. With `on_error="skip"` a failed push returns one with `error` set.
 
         Raises:
-            SyncError: phase, rollouts and cause; the rollouts go on serving the weights they had.
+            SyncError: phase, rollouts and cause.
+            BrokenCommitError: rollouts may not serve until a push succeeds; raised whatever `on_error` says.
             ConfigError: the synchronizer is not open.
         """
         if not self.is_open:
@@ -118,7 +133,7 @@ class WeightSynchronizer:
                 self._connect()
             return self._push(version)
         except TwinkleError as error:
-            if self.settings.on_error != "skip":
+            if self.settings.on_error != "skip" or isinstance(error, BrokenCommitError):
                 raise
             logger.warning("push of version %d was skipped: %s", version, error)
             held = self.report.version if self.report else -1
@@ -131,7 +146,7 @@ class WeightSynchronizer:
         self.is_open = self._connected = False
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
-            fleet.disconnect()
+            fleet.leave()
 
     def __enter__(self) -> Self:
         self.open()
@@ -151,6 +166,7 @@ class WeightSynchronizer:
             self._fleet.connect()
             return self._fleet.dtype
 
+        self._refuse_engines_of_other_ranks()
         try:
             dtype = self._on_leader(handshake)
             if self.settings.dtype is None:
@@ -160,39 +176,68 @@ class WeightSynchronizer:
             raise
         self._connected = True
 
+    def _refuse_engines_of_other_ranks(self) -> None:
+        mine = not self._group.is_leader and any(isinstance(each, LocalRollout) for each in self.settings.rollouts)
+        if self._group.first_failure("a LocalRollout" if mine else "") is not None:
+            raise ConfigError(
+                "only trainer rank 0 reaches rollouts, so the LocalRollout of another rank would keep its old weights; "
+                "serve with `twinkle-callbacks serve` and give its URL, or train with one process"
+            )
+
     def _disconnect(self) -> None:
         self._connected = False
         if self._fleet is not None:
             self._fleet.disconnect()
 
     def _push(self, version: int) -> SyncReport:
-        began = time.perf_counter()
         try:
-            self._on_leader(lambda: self._leading.begin(), phase="start")
-            sending = time.perf_counter()
-            failure = self._send()
-            stats = self._on_leader(lambda: self._finish_sending(failure), phase="transfer")
-            committing = time.perf_counter()
-            replicas = self._on_leader(lambda: self._leading.commit(version), phase="commit")
+            self.report = self._take_through(version)
+        except _LeftTheGather:
+            self._connected = False
+            raise
+        except TwinkleError as error:  # raised on every rank
+            self._connected = False
+            stopped = self._on_leader(self._put_in_order)
+            if stopped:
+                text = f"{error}; {', '.join(stopped)} may not serve before a push succeeds, and stay paused until then"
+                raise BrokenCommitError(text, getattr(error, "phase", ""), tuple(stopped)) from error
+            raise
         except BaseException:
             self._connected = False
-            if self._fleet is not None:
-                self._fleet.abort()
+            self._put_in_order()
             raise
-        ended = time.perf_counter()
-        sent = msgspec.convert(stats, SendStats)
-        self.report = SyncReport(
-            version=version,
-            bytes=sent.payload_bytes,
-            seconds=ended - began,
-            gather_s=sent.source_s,
-            transfer_s=committing - sending - sent.source_s,
-            commit_s=ended - committing,
-            digest=sent.digest,
-            replicas=msgspec.convert(replicas, list[ReplicaReport]),
-        )
-        logger.info("pushed version %d: %d tensors in %.3f s", version, sent.tensors, self.report.seconds)
+        logger.info("pushed version %d: %d bytes in %.3f s", version, self.report.bytes, self.report.seconds)
         return self.report
+
+    def _put_in_order(self) -> list[str]:
+        return [] if self._fleet is None else self._fleet.abort()
+
+    def _take_through(self, version: int) -> SyncReport:
+        """All phases of a push; the seconds are those of rank 0."""
+        began = time.perf_counter()
+        self._on_leader(lambda: self._leading.begin(), phase="start")
+        sending = time.perf_counter()
+        failure = self._send()
+        stats = self._on_leader(lambda: self._finish_sending(failure), phase="transfer")
+        committing = time.perf_counter()
+        self._on_leader(lambda: self._leading.check(), phase="check")
+
+        def commit() -> SyncReport:
+            replicas = self._leading.commit(version)
+            ended = time.perf_counter()
+            sent = msgspec.convert(stats, SendStats)
+            return SyncReport(
+                version=version,
+                bytes=sent.payload_bytes,
+                seconds=ended - began,
+                gather_s=sent.source_s,
+                transfer_s=committing - sending - sent.source_s,
+                commit_s=ended - committing,
+                digest=sent.digest,
+                replicas=replicas,
+            )
+
+        return msgspec.convert(self._on_leader(commit, phase="commit"), SyncReport)
 
     @property
     def _leading(self) -> Fleet:
@@ -200,21 +245,31 @@ class WeightSynchronizer:
         return self._fleet
 
     def _send(self) -> Exception | None:
-        """Every rank drains the source; rank 0 sends it. Returns what went wrong on this rank."""
+        """Every rank drains the source; rank 0 sends it. Returns what went wrong, on whichever rank it was."""
         stream = _on_this_device(self._source.stream())
+        failure: Exception | None = None
         try:
             if self._group.is_leader:
                 engine = self._leading.engine
                 assert engine is not None
                 _run(lambda: engine.send_weights(stream))
             else:
-                for _ in stream:
-                    pass
-        except (
-            Exception
-        ) as error:  # whatever a source raises; the leader reports it once all ranks are past the gathers
-            return error
-        return None
+                _exhaust(stream)
+        except Exception as error:  # whatever a source raises; reported once all ranks are past the gathers
+            failure = error
+            logger.error("trainer rank %d: %s: %s", self._group.rank, type(error).__name__, text_of(error))
+            if self._source.is_collective and not self._group.is_leader:
+                raise _LeftTheGather(f"trainer rank {self._group.rank}: {text_of(error)}", "transfer") from error
+            _exhaust(stream)  # the other ranks are still in the gathers if it was the engine that failed
+        first = self._group.first_failure("" if failure is None else f"{type(failure).__name__}: {text_of(failure)}")
+        if first is None:
+            return None
+        rank, text = first
+        if rank:
+            return SourceError(f"trainer rank {rank}: {text}")
+        if self._group.is_leader and isinstance(failure, (EngineError, DeadlineError)):
+            return self._leading.located(failure)
+        return failure
 
     def _finish_sending(self, failure: Exception | None) -> SendStats:
         if failure is not None:
@@ -239,7 +294,7 @@ class WeightSynchronizer:
                 outcome.value = msgspec.to_builtins(call())
             except Exception as error:  # shared with the other ranks, and raised on all of them
                 cause = error
-                rollouts = error.rollouts if isinstance(error, SyncError) else ()
+                rollouts = error.rollouts if isinstance(error, TwinkleError) else ()
                 outcome = _Outcome(None, type(error).__name__, text_of(error), rollouts)
             outcome = msgspec.msgpack.decode(self._group.share(msgspec.msgpack.encode(outcome)), type=_Outcome)
         else:
@@ -248,7 +303,18 @@ class WeightSynchronizer:
             return outcome.value
         if phase:
             raise SyncError(f"push failed in the phase {phase!r}: {outcome.text}", phase, outcome.rollouts) from cause
-        raise cause or from_wire(outcome.error_type, outcome.error)
+        if isinstance(cause, TwinkleError):
+            raise cause
+        raise from_wire(outcome.error_type, outcome.error, RolloutError) from cause
+
+
+class _LeftTheGather(SyncError):
+    """This rank alone could not go on, while the others wait for it in a gather: nothing can be agreed on any more."""
+
+
+def _exhaust(stream: Iterator[Any]) -> None:
+    for _ in stream:
+        pass
 
 
 def _on_this_device(stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

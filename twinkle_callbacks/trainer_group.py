@@ -1,4 +1,4 @@
-"""The trainer's ranks as far as a synchronizer needs them: who leads, and one message from the leader to all."""
+"""The trainer's ranks as far as a synchronizer needs them: who leads, and one rank's message to all."""
 
 from __future__ import annotations
 
@@ -20,20 +20,34 @@ class TrainerGroup:
 
     @property
     def is_leader(self) -> bool:
-        return self.size == 1 or torch.distributed.get_rank() == 0
+        return self.rank == 0
 
-    def share(self, message: bytes | None) -> bytes:
-        """Collective: every rank returns the leader's message. Plain bytes, never pickle."""
+    @property
+    def rank(self) -> int:
+        return 0 if self.size == 1 else torch.distributed.get_rank()
+
+    def first_failure(self, failure: str) -> tuple[int, str] | None:
+        """Collective: every rank returns the lowest rank that gave a text, and the text; None if all are empty."""
+        if not self._distributed:
+            return (0, failure) if failure else None
+        first = torch.tensor([self.rank if failure else self.size], device=_collective_device())
+        torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+        if (rank := int(first)) == self.size:
+            return None
+        return rank, self.share(failure.encode() if rank == self.rank else None, rank).decode()
+
+    def share(self, message: bytes | None, source: int = 0) -> bytes:
+        """Collective: every rank returns the message of rank `source`. Plain bytes, never pickle."""
         if not self._distributed:
             assert message is not None
             return message
         device = _collective_device()
         length = torch.tensor([len(message) if message is not None else 0], device=device)
-        torch.distributed.broadcast(length, 0)
+        torch.distributed.broadcast(length, source)
         data = torch.zeros(int(length), dtype=torch.uint8, device=device)
         if message:
             data.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
-        torch.distributed.broadcast(data, 0)
+        torch.distributed.broadcast(data, source)
         return bytes(data.cpu().numpy())
 
 

@@ -17,7 +17,7 @@ from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.engines import get_engine
 from twinkle_callbacks.engines.base import CheckpointEngine
 from twinkle_callbacks.rollouts import Rollout
-from twinkle_callbacks.worker.messages import ABORT, Committed, Joined, JoinRequest, Staged
+from twinkle_callbacks.worker.messages import ABORT, CHECK, Checked, Committed, Joined, JoinRequest, Staged
 from twinkle_callbacks.worker.stage import Stage
 
 RUNS = Joined("model", "Fake", 4, 1, 8, "float32", False, None, False, "0")
@@ -32,6 +32,7 @@ class FakeRollout(Rollout):
         self.fail: dict[str, Exception] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.paused = self.in_update = False
+        self.intact = True
         self._runs, self._workers, self._version = runs, workers, "default"
         self._engines: list[CheckpointEngine] = []
         self._staged: list[Future[Stage]] = []
@@ -49,7 +50,7 @@ class FakeRollout(Rollout):
 
     def join(self, request: dict[str, Any]) -> None:
         self._enter("join")
-        self.leave()
+        self._end()
         invited = JoinRequest.opened(request, auth.load_token())
         self._pool = ThreadPoolExecutor(self._workers)
         for worker in range(self._workers):
@@ -62,7 +63,7 @@ class FakeRollout(Rollout):
     def _join(self, engine: CheckpointEngine, invited: JoinRequest, rank: int) -> None:
         engine.prepare()
         engine.init_process_group(rank, invited.world_size, master_metadata=invited.metadata)
-        joined = msgspec.structs.replace(self._runs, in_update=self.in_update)
+        joined = msgspec.structs.replace(self._runs, in_update=self.in_update, intact=self.intact)
         engine.post_receipt("joined", msgspec.msgpack.encode(joined))
 
     def start(self) -> None:
@@ -72,6 +73,12 @@ class FakeRollout(Rollout):
 
     def update(self, info: dict[str, Any]) -> None:
         self._enter(f"update:{info['action']}")
+        if info["action"] == CHECK:
+            failure = self.fail.pop("checked", None)
+            checked = Checked(None if failure is None else Failure.of(failure))
+            for engine in self._engines:
+                engine.post_receipt(f"checked-{self._push}", msgspec.msgpack.encode(checked))
+            return
         self._staged = []
         if info["action"] != ABORT:
             self._push = info["push"]
@@ -99,16 +106,17 @@ class FakeRollout(Rollout):
         self._enter("finish")
         self.in_update = False
         failure = self.fail.pop("committed", None)
-        intact = not isinstance(failure, SystemError)  # stands for an error in the middle of the commit
+        if isinstance(failure, SystemError):  # stands for an error in the middle of the commit
+            self.intact = False
         for engine, staged in zip(self._engines, self._staged, strict=False):
             if failure is None:
-                self.weights = staged.result(10).tensors
-            receipt = Committed(0.1, None if failure is None else Failure.of(failure), intact)
+                self.weights, self.intact = staged.result(10).tensors, True
+            receipt = Committed(0.1, None if failure is None else Failure.of(failure), self.intact)
             engine.post_receipt(f"committed-{self._push}", msgspec.msgpack.encode(receipt))
 
     def pause(self, mode: str, *, clear_cache: bool) -> None:
+        self.paused = True  # as vLLM does, which fails only after it has paused
         self._enter(f"pause:{mode}:{clear_cache}")
-        self.paused = True
 
     def resume(self) -> None:
         self._enter("resume")
@@ -128,7 +136,10 @@ class FakeRollout(Rollout):
         self.calls.append("close")
 
     def leave(self) -> None:
-        """What ends with the server: its workers' engines and threads."""
+        self._enter("leave")
+        self._end()
+
+    def _end(self) -> None:
         for engine in self._engines:
             engine.finalize()
         self._engines = []

@@ -26,7 +26,8 @@ class Server:
     """Answers each path with a status and a JSON body, and keeps what it was asked."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, tuple[int, object]] = {}
+        config = {"weight_transfer_config": {"backend": "twinkle"}}
+        self.answers: dict[str, tuple[int, object]] = {"/server_info": (200, {"vllm_config": config})}
         self.asked: list[tuple[str, str, bytes, str]] = []
         self.hang = threading.Event()
         outer = self
@@ -38,7 +39,7 @@ class Server:
                 if self.path == "/hang":
                     outer.hang.wait(10)
                 status, answer = outer.answers.get(self.path.split("?")[0], (200, {}))
-                data = json.dumps(answer).encode()
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
@@ -89,10 +90,12 @@ def test_calls_are_vllms_routes_each_signed_over_what_it_asks(server: Server, ro
     rollout.reset_cache()
     rollout.resume()
     assert rollout.version() == "4"
+    rollout.leave()
     for method, target, body, signature in server.asked:
         auth.check_request(TOKEN, signature, method, target, body)
     assert [target for _, target, _, _ in server.asked] == [
         "/get_world_size",
+        "/server_info?config_format=json",
         "/init_weight_transfer_engine",
         "/start_weight_update",
         "/update_weights",
@@ -102,6 +105,7 @@ def test_calls_are_vllms_routes_each_signed_over_what_it_asks(server: Server, ro
         "/reset_prefix_cache?reset_running_requests=true",
         "/resume",
         "/weight_info",
+        "/shutdown_weight_transfer_engine",
     ]
     assert TOKEN not in str(server.asked)
 
@@ -131,6 +135,39 @@ def test_refusals_name_the_server_and_what_to_change(
         rollout.join({})
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"weight_transfer_config": None}, {"weight_transfer_config": {"backend": "ipc"}}]
+)
+def test_a_server_without_the_backend_is_never_asked_to_join(
+    server: Server, rollout: HTTPRollout, config: dict[str, object]
+) -> None:
+    server.answers["/server_info"] = (200, {"vllm_config": config})
+    with pytest.raises(RolloutError, match="backend 'twinkle'.*--weight-transfer-config"):
+        rollout.join({})
+    assert [target for _, target, _, _ in server.asked] == ["/server_info?config_format=json"]
+
+
+@pytest.mark.parametrize("answer", [b"<html>It works!</html>", {"hello": "world"}, [1], b"null"])
+def test_another_web_server_is_a_clear_error(server: Server, rollout: HTTPRollout, answer: object) -> None:
+    server.answers["/get_world_size"] = (200, answer)
+    with pytest.raises(RolloutError, match=f"{server.url} is no vLLM server.*/get_world_size"):
+        rollout.world_size()
+
+
+def test_a_rollout_works_again_after_close(server: Server, rollout: HTTPRollout) -> None:
+    server.answers["/get_world_size"] = (200, {"world_size": 2})
+    for _ in range(2):
+        assert rollout.world_size() == 2
+        rollout.close()
+        rollout.close()
+
+
+def test_leaving_a_server_that_is_gone_raises_nothing() -> None:
+    rollout = HTTPRollout("http://127.0.0.1:9", token=TOKEN)
+    rollout.leave()
+    rollout.close()
+
+
 def test_a_cache_that_was_not_dropped_is_an_error(server: Server, rollout: HTTPRollout) -> None:
     server.answers["/reset_prefix_cache"] = (200, {"success": False})
     with pytest.raises(RolloutError, match="stale_kv"):
@@ -149,5 +186,6 @@ def test_nobody_there_and_no_url() -> None:
     with pytest.raises(RolloutUnreachableError, match="nobody answers at http://127.0.0.1:9"):
         rollout.world_size()
     rollout.close()
-    with pytest.raises(ConfigError, match="not a URL"):
-        HTTPRollout("localhost:8000", token=TOKEN)
+    for url in ("localhost:8000", "http://", "http://[::1", "http://a:port", "ftp://a"):
+        with pytest.raises(ConfigError, match="is not a URL"):
+            HTTPRollout(url, token=TOKEN)

@@ -56,6 +56,9 @@ def test_errors_name_the_key_the_value_and_the_choices(values: dict[str, object]
 def test_errors_do_not_show_the_token() -> None:
     with pytest.raises(ConfigError) as caught:
         RecipeConfig.parse({"sync": {"token": ["a-secret-of-mine"]}})
+    assert "a-secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match="overlap") as caught:
+        RecipeConfig.parse({"sync": {"token": "a-secret-of-mine", "overlap": True}})
     assert "a-secret-of-mine" not in str(caught.value)
 
 

@@ -11,6 +11,7 @@ import torch
 from tests.unit.fake_rollout import RUNS, FakeRollout
 from twinkle_callbacks import WeightSynchronizer
 from twinkle_callbacks.errors import (
+    BrokenCommitError,
     ConfigError,
     DeadlineError,
     DigestMismatchError,
@@ -19,7 +20,16 @@ from twinkle_callbacks.errors import (
     WeightMismatchError,
 )
 
-PUSH = ["start", "update:receive", "pause:keep:True", "finish", "set_version:{}", "reset_cache", "resume"]
+PUSH = [
+    "start",
+    "update:receive",
+    "update:check",
+    "pause:keep:True",
+    "finish",
+    "set_version:{}",
+    "reset_cache",
+    "resume",
+]
 
 
 @pytest.fixture
@@ -64,7 +74,7 @@ def test_each_phase_is_one_call_and_every_rollout_gets_every_version(
     for rollout in rollouts:
         assert_serves(rollout, policy, 7)
         expected = [call.format(v) for v in (0, 7) for call in PUSH]
-        assert rollout.calls == ["world_size", "join", *expected, "close"]
+        assert rollout.calls == ["world_size", "join", *expected, "leave", "close"]
     assert [(r.rollout, r.version, r.tensors, r.digest) for r in report.replicas] == [
         ("one", 7, 4, report.digest),
         ("two", 7, 4, report.digest),
@@ -79,7 +89,9 @@ def test_cached_prefixes_stay_when_asked(policy: torch.nn.Module, rollouts: list
     assert "reset_cache" not in rollouts[0].calls
 
 
-@pytest.mark.parametrize("call", ["start", "update:receive", "pause:keep:True", "finish", "staged", "committed"])
+@pytest.mark.parametrize(
+    "call", ["start", "update:receive", "staged", "update:check", "checked", "pause:keep:True", "finish", "committed"]
+)
 def test_a_rollout_that_refuses_a_step_keeps_all_on_the_old_weights_or_says_so_and_the_next_push_succeeds(
     call: str, policy: torch.nn.Module, rollouts: list[FakeRollout]
 ) -> None:
@@ -89,7 +101,8 @@ def test_a_rollout_that_refuses_a_step_keeps_all_on_the_old_weights_or_says_so_a
         rollouts[1].fail[call] = RolloutError("no")
         with pytest.raises(SyncError, match="no") as caught:
             sync.push(version=1)
-        assert caught.value.phase in ("start", "transfer", "commit")
+        assert caught.value.phase in ("start", "transfer", "check", "commit")
+        assert caught.value.rollouts == ("two",)
         for rollout in rollouts:
             assert (rollout.paused, rollout.in_update) == (False, False)
         assert rollouts[1].version() == "0"
@@ -120,6 +133,90 @@ def test_a_commit_that_broke_off_stays_paused_until_the_next_push_succeeds(
         assert [rollout.paused for rollout in rollouts] == [False, True]
         sync.push(version=2)
         assert [rollout.paused for rollout in rollouts] == [False, False]
+
+
+@pytest.mark.parametrize("trainer", ["the same", "another"])
+def test_a_rollout_with_half_a_commit_is_not_resumed_by_a_push_that_fails(
+    trainer: str, policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts) as sync:
+        rollouts[1].fail["committed"] = SystemError("half of the layers")
+        with pytest.raises(BrokenCommitError, match="half of the layers.*two may not serve") as caught:
+            sync.push(version=1)
+        assert caught.value.rollouts == ("two",)
+        for call in ("start", "checked", "pause:keep:True"):
+            rollouts[0].fail[call] = RolloutError("no")
+            with pytest.raises(BrokenCommitError, match="two may not serve"):
+                if trainer == "the same":
+                    sync.push(version=2)
+                else:
+                    synchronizer(policy, rollouts).open(version=2)
+            assert [rollout.paused for rollout in rollouts] == [False, True]
+        sync.close()
+        sync.open(version=3)
+        for rollout in rollouts:
+            assert_serves(rollout, policy, 3)
+
+
+def test_a_broken_commit_is_raised_also_when_failures_are_to_be_skipped(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts, on_error="skip") as sync:
+        rollouts[1].fail["committed"] = SystemError("half of the layers")
+        with pytest.raises(BrokenCommitError):
+            sync.push(version=1)
+
+
+@pytest.mark.parametrize("call", ["set_version:1", "reset_cache"])
+def test_a_rollout_whose_version_or_cache_is_not_that_of_its_weights_stays_paused_and_the_others_serve(
+    call: str, policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts) as sync:
+        change(policy)
+        rollouts[0].fail[call] = RolloutError("no")
+        with pytest.raises(BrokenCommitError, match="one may not serve"):
+            sync.push(version=1)
+        assert rollouts[0].paused
+        assert_serves(rollouts[1], policy, 1)
+
+
+def test_a_wrong_model_is_found_before_anything_is_paused(policy: torch.nn.Module, rollouts: list[FakeRollout]) -> None:
+    rollouts[0].fail["checked"] = WeightMismatchError("other model")
+    with pytest.raises(SyncError, match="one .*other model") as caught:
+        synchronizer(policy, rollouts).open()
+    assert caught.value.phase == "check"
+    assert not any(call.startswith("pause") for rollout in rollouts for call in rollout.calls)
+
+
+def test_an_unexpected_error_of_one_rollout_leaves_the_others_in_order(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts, on_error="skip") as sync:
+        rollouts[0].fail["pause:keep:True"] = KeyError("surprise")
+        assert "surprise" in sync.push(version=1).error
+        assert [rollout.paused for rollout in rollouts] == [False, False]
+        rollouts[0].fail["world_size"] = OSError("surprise")
+        assert "surprise" in sync.push(version=2).error
+        assert sync.push(version=3).error == ""
+
+
+def test_a_worker_that_does_not_join_is_named_by_its_server(policy: torch.nn.Module) -> None:
+    class Deaf(FakeRollout):
+        def join(self, request: dict[str, object]) -> None:
+            self.calls.append("join")
+
+    rollouts = [FakeRollout("one", workers=2), Deaf("two")]
+    with pytest.raises(DeadlineError, match=r"rank 3 did not join.*ranks 1 to 2 are one; rank 3 is two"):
+        synchronizer(policy, rollouts, timeout_s=1).open()
+    for rollout in rollouts:
+        rollout.leave()
+
+
+def test_a_rollout_that_signs_with_another_token_is_refused(policy: torch.nn.Module) -> None:
+    rollout = FakeRollout("one")
+    rollout.token = "another token, long enough"
+    with pytest.raises(ConfigError, match="one has another token"):
+        synchronizer(policy, [rollout]).open()
 
 
 def test_a_rollout_that_committed_carries_the_new_version_although_another_failed(

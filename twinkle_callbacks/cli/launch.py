@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from twinkle_callbacks.config import BACKEND
 from twinkle_callbacks.errors import ConfigError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "twinkle"
 GUARD = "twinkle_callbacks.worker.guard.RouteGuard"
 TRANSFER_FLAG = "--weight-transfer-config"
 

@@ -9,13 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-from twinkle_callbacks import auth
-from twinkle_callbacks.errors import AuthenticationError, RolloutError, RolloutUnreachableError
-
-if TYPE_CHECKING:
-    import httpx
 
 
 @dataclass(frozen=True)
@@ -78,47 +71,24 @@ def fetch_status(url: str, *, timeout_s: float = 30.0) -> ServerStatus:
         timeout_s: seconds for each request.
 
     Raises:
+        ConfigError: the URL is not an http(s) one.
         RolloutUnreachableError: nobody answers there.
         RolloutError: the server has no RL routes, or answers with an error.
         AuthenticationError: the server has another token.
     """
-    import httpx
+    from twinkle_callbacks.rollouts.http import HTTPRollout, backend_of
 
-    url = url.rstrip("/")
-    with httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) as client:
-        version = _get(client, "/weight_info")["weight_version"]
-        paused = _get(client, "/is_paused")["is_paused"]
-        world_size = _get(client, "/get_world_size")["world_size"]
-        models = _get(client, "/v1/models")["data"]
-        config = _get(client, "/server_info?config_format=json")["vllm_config"]
-    return ServerStatus(
-        url=url,
-        version=str(version),
-        model=", ".join(model["id"] for model in models),
-        paused=bool(paused),
-        world_size=int(world_size),
-        lora=bool(config.get("lora_config")),
-        backend=(config.get("weight_transfer_config") or {}).get("backend"),
-    )
-
-
-def _get(client: httpx.Client, target: str) -> Any:
-    import httpx
-
+    server = HTTPRollout(url, timeout_s=timeout_s)
     try:
-        headers = {auth.SIGNATURE_HEADER: auth.sign_request(auth.load_token(), "GET", target, b"")}
-        response = client.get(target, headers=headers)
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise RolloutUnreachableError(
-            f"nobody answers at {client.base_url} ({type(error).__name__}: {error}); is the server up, is this its URL?"
-        ) from None
-    if response.status_code == 404:
-        raise RolloutError(
-            f"{client.base_url} has no {target.partition('?')[0]}: start it with `twinkle-callbacks serve`, or with "
-            "VLLM_SERVER_DEV_MODE=1, and with vLLM 0.26 or later"
+        config = server.config()
+        return ServerStatus(
+            url=server.name,
+            version=server.version(),
+            model=", ".join(server.models()),
+            paused=server.is_paused(),
+            world_size=server.world_size(),
+            lora=bool(config.get("lora_config")),
+            backend=backend_of(config),
         )
-    if response.status_code == 401:
-        raise AuthenticationError(f"{client.base_url} refused {target}: {response.text.strip()}")
-    if response.is_error:
-        raise RolloutError(f"{client.base_url}{target} answered {response.status_code}: {response.text.strip()[:500]}")
-    return response.json()
+    finally:
+        server.close()

@@ -77,7 +77,8 @@ class CheckpointEngine(ABC):
         Raises:
             ConfigError: bucket size or timeout are not usable.
         """
-        if not isinstance(bucket_size, int) or bucket_size < ALIGNMENT_BYTES or bucket_size % ALIGNMENT_BYTES:
+        whole = hasattr(bucket_size, "__index__")
+        if not whole or bucket_size < ALIGNMENT_BYTES or bucket_size % ALIGNMENT_BYTES:
             raise ConfigError(
                 f"bucket_size={bucket_size}: must be a whole number of bytes, a positive multiple of {ALIGNMENT_BYTES}"
             )

@@ -10,16 +10,19 @@ class Rollout(ABC):
     """One vLLM engine with all its workers, reached over HTTP or in process.
 
     Trainer rank 0 calls every method, each from one thread at a time; different rollouts from different threads. A push
-    is `start`, `update` (the workers receive meanwhile), `pause`, `finish`, `set_version`, `reset_cache`, `resume`.
-    Every method ends within the rollout's timeout and raises `RolloutError` when vLLM refuses.
+    is `start`, `update` (the workers receive meanwhile), `update` (they check), `pause`, `finish`, `set_version`,
+    `reset_cache`, `resume`. Methods raise `RolloutError` when vLLM refuses; over HTTP each ends within the rollout's
+    timeout, while calls of an engine in this process take as long as vLLM takes.
 
     Attributes:
         name: what people call it: its URL, or `local`.
         host: the host its workers run on, as the trainer reaches it.
+        token: secret that it signs requests with, None if it signs none.
     """
 
     name: str
     host: str
+    token: str | None = None
 
     @abstractmethod
     def world_size(self) -> int:
@@ -35,7 +38,7 @@ class Rollout(ABC):
 
     @abstractmethod
     def update(self, info: dict[str, Any]) -> None:
-        """Tells each worker to receive, or to abort; returns at once."""
+        """Tells each worker to receive or to abort, which returns at once, or to check what it received."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -60,6 +63,10 @@ class Rollout(ABC):
     @abstractmethod
     def version(self) -> str:
         """The weight version it reports; `default` before the first push."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Lets each worker leave the engine's group and free its buffers. Never raises."""
 
     @abstractmethod
     def close(self) -> None:

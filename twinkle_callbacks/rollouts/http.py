@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
 from twinkle_callbacks import auth
+from twinkle_callbacks.config import BACKEND
 from twinkle_callbacks.errors import (
     AuthenticationError,
     ConfigError,
     DeadlineError,
     RolloutError,
     RolloutUnreachableError,
+    TwinkleError,
 )
 from twinkle_callbacks.rollouts.base import Rollout
+
+logger = logging.getLogger(__name__)
 
 
 class HTTPRollout(Rollout):
@@ -31,20 +36,27 @@ class HTTPRollout(Rollout):
     """
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 300.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"rollouts: {url!r} is not a URL such as http://127.0.0.1:8000")
         self.name = url.rstrip("/")
-        self.host = parts.hostname
-        self._token = auth.load_token(token)
+        self.host = _host_of(url)
+        self.token = self._token = auth.load_token(token)
         self._timeout_s = timeout_s
-        self._client = httpx.Client(base_url=self.name, timeout=timeout_s, trust_env=False)
+        self._client: httpx.Client | None = None
 
     def world_size(self) -> int:
-        return int(self._call("GET", "/get_world_size")["world_size"])
+        return int(self._value("/get_world_size", "world_size"))
 
     def join(self, request: dict[str, Any]) -> None:
+        # Without the backend every worker of a tensor-parallel server would raise, which shifts their later replies.
+        backend = backend_of(self.config())
+        if backend != BACKEND:
+            raise self._lacks_backend(f"its backend is {backend!r}")
         self._call("POST", "/init_weight_transfer_engine", {"init_info": {"request": request}})
+
+    def leave(self) -> None:
+        try:
+            self._call("POST", "/shutdown_weight_transfer_engine")
+        except TwinkleError as error:
+            logger.info("%s keeps its end of the engine until the next trainer comes: %s", self.name, error)
 
     def start(self) -> None:
         self._call("POST", "/start_weight_update")
@@ -70,12 +82,34 @@ class HTTPRollout(Rollout):
         self._call("POST", "/update_weight_version", {"new_version": str(version)})
 
     def version(self) -> str:
-        return str(self._call("GET", "/weight_info")["weight_version"])
+        return str(self._value("/weight_info", "weight_version"))
+
+    def config(self) -> dict[str, Any]:
+        """Its `VllmConfig` as plain values."""
+        return dict(self._value("/server_info?config_format=json", "vllm_config"))
+
+    def is_paused(self) -> bool:
+        """Whether generation is paused."""
+        return bool(self._value("/is_paused", "is_paused"))
+
+    def models(self) -> list[str]:
+        """Names under which it serves models."""
+        return [str(model["id"]) for model in self._value("/v1/models", "data")]
 
     def close(self) -> None:
-        self._client.close()
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _value(self, target: str, key: str) -> Any:
+        answer = self._call("GET", target)
+        if key not in answer:
+            raise RolloutError(f"{self.name} is no vLLM server, or one that is too old: {target} has no {key!r}")
+        return answer[key]
 
     def _call(self, method: str, target: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        if self._client is None:
+            self._client = httpx.Client(base_url=self.name, timeout=self._timeout_s, trust_env=False)
         request = self._client.build_request(method, target, json=body)
         request.headers[auth.SIGNATURE_HEADER] = auth.sign_request(
             self._token, method, request.url.raw_path.decode(), request.content
@@ -92,7 +126,12 @@ class HTTPRollout(Rollout):
             raise RolloutUnreachableError(f"{self.name} broke the connection in {target}: {error!r}") from error
         if response.status_code != httpx.codes.OK:
             raise self._refusal(target, response)
-        return dict(response.json()) if response.content else {}
+        try:
+            return dict(response.json()) if response.content else {}
+        except (TypeError, ValueError):
+            raise RolloutError(
+                f"{self.name} is no vLLM server: {target} answered {response.text[:80]!r}; is this its URL?"
+            ) from None
 
     def _refusal(self, target: str, response: httpx.Response) -> Exception:
         path, text = target.split("?")[0], _reason(response)
@@ -104,11 +143,30 @@ class HTTPRollout(Rollout):
                 f"or with: twinkle-callbacks serve MODEL"
             )
         if path == "/init_weight_transfer_engine" and ("not configured" in text or "Invalid init_info" in text):
-            return RolloutError(
-                f"{self.name} does not run the weight-transfer backend 'twinkle' ({text}); install twinkle_callbacks "
-                f"""beside it and start it with: --weight-transfer-config '{{"backend": "twinkle"}}'"""
-            )
+            return self._lacks_backend(text)
         return RolloutError(f"{self.name}{path} answered {response.status_code}: {text}")
+
+    def _lacks_backend(self, why: str) -> RolloutError:
+        return RolloutError(
+            f"{self.name} does not run the weight-transfer backend {BACKEND!r} ({why}); install twinkle_callbacks "
+            f"""beside it and start it with: --weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
+        )
+
+
+def backend_of(config: dict[str, Any]) -> str | None:
+    """Name of the weight-transfer backend in a server's configuration, None if it has none."""
+    backend = (config.get("weight_transfer_config") or {}).get("backend")
+    return None if backend is None else str(backend)
+
+
+def _host_of(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+    except ValueError:  # such as a port that is no number
+        pass
+    raise ConfigError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
 
 
 def _reason(response: httpx.Response) -> str:

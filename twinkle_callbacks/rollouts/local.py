@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from twinkle_callbacks.config import BACKEND
 from twinkle_callbacks.errors import ConfigError, RolloutError, TwinkleError
 from twinkle_callbacks.rollouts.base import Rollout
+
+logger = logging.getLogger(__name__)
 
 
 class LocalRollout(Rollout):
@@ -22,7 +26,7 @@ class LocalRollout(Rollout):
 
     def __init__(self, llm: Any) -> None:
         config = llm.llm_engine.vllm_config.weight_transfer_config
-        if config is None or config.backend != "twinkle":
+        if config is None or config.backend != BACKEND:
             raise ConfigError(
                 f"LocalRollout: this LLM has weight_transfer_config={config!r}; "
                 f"make it with vllm.LLM(..., weight_transfer_config={{'backend': 'twinkle'}})"
@@ -53,14 +57,22 @@ class LocalRollout(Rollout):
         """Does nothing, as `pause`."""
 
     def reset_cache(self) -> None:
-        if not self._call("reset_prefix_cache"):
+        # As vLLM's own pause over HTTP does, which an offline engine does not have.
+        if not self._call("reset_prefix_cache", False, True):
             raise RolloutError("the local vLLM did not drop its cached prefixes; set stale_kv='keep' if they may stay")
+        self._call("reset_mm_cache")
 
     def set_version(self, version: int) -> None:
         self._call("update_weight_version", str(version))
 
     def version(self) -> str:
         return str(self._call("get_weight_version"))
+
+    def leave(self) -> None:
+        try:
+            self._call("shutdown_weight_transfer_engine")
+        except RolloutError as error:
+            logger.info("the local vLLM keeps its end of the engine until the next trainer comes: %s", error)
 
     def close(self) -> None:
         """Does nothing: the engine belongs to the caller."""

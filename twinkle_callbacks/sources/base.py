@@ -29,6 +29,11 @@ class WeightSource(ABC):
     that they live on one device. Each is valid only until the next is requested.
     """
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether `stream()` communicates, so that a rank that stops early leaves the others waiting for it."""
+        return False
+
     @abstractmethod
     def specs(self) -> list[TensorSpec]:
         """Returns name, dtype and full shape of every tensor that `stream()` yields, in its order."""

@@ -66,6 +66,11 @@ class ModuleSource(WeightSource):
             for name, tensor in self._plan.stream(metas.items())
         ]
 
+    @property
+    def is_collective(self) -> bool:
+        dtensor = loaded("torch.distributed.tensor", "DTensor")
+        return any(isinstance(parameter, dtensor) for parameter in self._module.parameters())
+
     def specs(self) -> list[TensorSpec]:
         return list(self._specs)
 

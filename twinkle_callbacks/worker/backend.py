@@ -2,9 +2,10 @@
 
     init_transfer_engine   check the invitation, join the engine's group in the background
     start_weight_update    open a session
-    update_weights         start receiving in the background; generation goes on
+    update_weights         receive: start receiving in the background; generation goes on
        (background)        receive all, stage, compare digests, post `Staged`
-    finish_weight_update   check names and shapes against the loader, commit, post `Committed`
+    update_weights         check: names and shapes against the loader, post `Checked`
+    finish_weight_update   commit, post `Committed`
 
 Once a session is open nothing here raises to vLLM. Its executor stops reading replies at the first rank that fails,
 which shifts the replies of tensor-parallel ranks by one for good, so failures travel in receipts instead and the model
@@ -16,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,7 @@ from twinkle_callbacks.engines.base import CheckpointEngine
 from twinkle_callbacks.errors import EngineError, TwinkleError
 from twinkle_callbacks.worker.check import LoadCheck
 from twinkle_callbacks.worker.commit import commit
-from twinkle_callbacks.worker.messages import ABORT, RECEIVE, Committed, Joined, JoinRequest, Staged
+from twinkle_callbacks.worker.messages import ABORT, CHECK, RECEIVE, Checked, Committed, Joined, JoinRequest, Staged
 from twinkle_callbacks.worker.stage import Stage
 
 logger = logging.getLogger("vllm.twinkle_callbacks")  # a child of vLLM's logger, so that its configuration shows it
@@ -53,7 +53,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Body of `update_weights`: start receiving push number `push`, or abort the open session."""
+    """Body of `update_weights`: start receiving push number `push`, check it, or abort the open session."""
 
     action: str = RECEIVE
     push: int = 0
@@ -76,6 +76,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._verify = True
         self._in_update = False
         self._aborted = False
+        self._intact = True
         self._push = 0
         self._staged: Future[Stage] | None = None
         self._check = LoadCheck(vllm_config)
@@ -93,7 +94,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             engine = get_engine(request.engine)(
                 bucket_size=request.bucket_size, timeout=request.timeout_s, verify=False
             )
-        except TwinkleError as error:
+        except TwinkleError as error:  # anything else would leave the other ranks waiting in `_agree`
             failure = error
         _agree(failure)
         if request is None or failure is not None:
@@ -104,12 +105,15 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._timeout_s, self._verify = request.timeout_s, request.verify
         self._engine = engine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="twinkle-worker")
-        self._thread.submit(_logged, self._join, engine, request, rank)
+        self._thread.submit(self._join, engine, request, rank)
 
     def _join(self, engine: CheckpointEngine, request: JoinRequest, rank: int) -> None:
-        engine.prepare()
-        engine.init_process_group(rank, request.world_size, master_metadata=request.metadata)
-        engine.post_receipt("joined", msgspec.msgpack.encode(self._describe()))
+        try:
+            engine.prepare()
+            engine.init_process_group(rank, request.world_size, master_metadata=request.metadata)
+            engine.post_receipt("joined", msgspec.msgpack.encode(self._describe()))
+        except Exception:  # nobody waits for this thread, and the trainer only sees that this rank does not come
+            logger.exception("could not join the trainer as rank %d", rank)
 
     def _describe(self) -> Joined:
         import vllm
@@ -127,6 +131,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             quantization=None if config.quantization is None else str(config.quantization),
             in_update=self._in_update,
             vllm=vllm.__version__,
+            intact=self._intact,
         )
 
     def start_weight_update(self) -> None:
@@ -134,10 +139,12 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._staged = None
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Starts receiving and returns at once; what goes wrong is told in the `Staged` receipt."""
+        """Starts receiving and returns at once, or checks; what goes wrong is told in the receipts."""
         self._aborted = update_info.action == ABORT
         if self._aborted:
             self._staged = None
+        elif update_info.action == CHECK:
+            self._report_check()
         elif self._engine is None or self._thread is None:
             logger.error("update_weights came before init_weight_transfer_engine; there is nobody to receive from")
         else:
@@ -156,6 +163,16 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         _post(engine, f"staged-{push}", Staged(len(stage.tensors), digest))
         return stage
 
+    def _report_check(self) -> None:
+        if self._staged is None or self._engine is None:
+            logger.error("there is nothing to check: no push is under way")
+            return
+        _, failure = self._checked(self._staged)
+        if failure is not None:
+            logger.error("push %d does not fit, the old weights go on serving: %s", self._push, failure)
+        checked = Checked(None if failure is None else Failure.of(failure))
+        _post(self._engine, f"checked-{self._push}", checked)
+
     def finish_weight_update(self) -> None:
         """Commits what is staged, unless it was aborted or failed; told in the `Committed` receipt.
 
@@ -171,10 +188,10 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         began = time.perf_counter()
         stage, failure = self._checked(staged)
         if not _all_ranks_can(failure is None):
-            self._report(
-                Committed(failure=Failure.of(failure or EngineError("another tensor-parallel rank cannot commit")))
-            )
+            cause = failure or EngineError("another tensor-parallel rank cannot commit")
+            self._report(Committed(failure=Failure.of(cause), intact=self._intact))
             return
+        self._intact = False
         try:
             commit(self.model, self.model_config, stage.tensors.items(), self.device)
         except Exception as error:  # told to the trainer, whatever it is: see the module docstring
@@ -183,12 +200,13 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
             self._report(Committed(failure=Failure.of(error), intact=False))
         else:
+            self._intact = True
             self._report(Committed(time.perf_counter() - began))
 
     def _checked(self, staged: Future[Stage]) -> tuple[Stage, Exception | None]:
         try:
             stage = staged.result(self._timeout_s)
-            self._check(stage.specs())
+            self._check(stage.tensors)
         except Exception as error:  # told to the trainer, whatever it is: see the module docstring
             return Stage(verify=False), error
         return stage, None
@@ -222,13 +240,6 @@ def _post(engine: CheckpointEngine, topic: str, message: Any) -> None:
         engine.post_receipt(topic, msgspec.msgpack.encode(message))
     except EngineError as error:
         logger.warning("could not tell the trainer %s: %s", topic, error)
-
-
-def _logged(call: Callable[..., None], *args: Any) -> None:
-    try:
-        call(*args)
-    except TwinkleError as error:
-        logger.error("could not join the trainer: %s", error)
 
 
 def _all_ranks_can(this_rank_can: bool) -> bool:

@@ -3,12 +3,16 @@
 The question is put to the loader itself: a second instance of the model on the meta device, which has no memory, loads
 meta tensors of the staged names and shapes, and every write into a parameter is counted. Nothing of the live model is
 touched, so a refusal leaves it as it is. The answer holds as long as the names and shapes stay the same.
+
+What the loader leaves out without a word is logged. An output head is refused there: the server would go on with its
+embeddings in the head's place.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.buckets.layout import TensorSpec
-from twinkle_callbacks.buckets.packing import dtype_of
+from twinkle_callbacks.buckets.packing import dtype_name, dtype_of
 from twinkle_callbacks.errors import WeightMismatchError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+logger = logging.getLogger("vllm.twinkle_callbacks")
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+HEAD = "lm_head.weight"
 
 
 class _WriteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
@@ -32,6 +38,7 @@ class _WriteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._written: dict[int, int] = {}
+        self.writes = 0
 
     def written(self, tensor: torch.Tensor) -> int:
         return self._written.get(tensor.untyped_storage()._cdata, 0)
@@ -44,6 +51,7 @@ class _WriteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
                 raise ValueError(f"{tuple(args[1].shape)} does not fit {tuple(target.shape)}")
             key = target.untyped_storage()._cdata
             self._written[key] = self._written.get(key, 0) + target.numel()
+            self.writes += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -53,21 +61,33 @@ class LoadCheck:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._vllm_config = vllm_config
         self._passed: tuple[TensorSpec, ...] | None = None
+        self._left_out: list[str] = []
 
-    def __call__(self, specs: tuple[TensorSpec, ...]) -> None:
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Passes if the loader takes these tensors and they fill the model.
 
         Raises:
             WeightMismatchError: lists what is unexpected, of another shape, and missing.
         """
-        if specs == self._passed:
-            return
+        specs = tuple(TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items())
+        if specs != self._passed:
+            self._load(specs)
+            self._passed = specs
+        for name in self._left_out:
+            if name.endswith(HEAD) and not _has_twin(name, tensors):
+                raise WeightMismatchError(
+                    f"{name} was sent, but vLLM ties the output head of its model to the embeddings and leaves it out; "
+                    f"serve a configuration with tie_word_embeddings=False, or tie them in the trainer"
+                )
+
+    def _load(self, specs: tuple[TensorSpec, ...]) -> None:
         with _shadow_model(self._vllm_config) as model:
             counter = _WriteCounter()
             refused: list[str] = []
+            silent: list[str] = []
             try:
                 with counter:
-                    model.load_weights(_meta_tensors(specs))
+                    model.load_weights(_noting_silent(_meta_tensors(specs), counter, silent))
             except Exception:  # the loaders have no error type of their own; `_refusals` finds out which tensors it was
                 counter = _WriteCounter()
                 refused = _refusals(model, specs, counter)
@@ -76,9 +96,39 @@ class LoadCheck:
                 for name, parameter in model.named_parameters()
                 if counter.written(parameter) < parameter.numel()
             ]
+            # One at a time, for a loader that had only put them aside.
+            retried = () if refused else specs
+            left_out = [spec.name for spec in retried if spec.name in silent and _writes_nothing(model, spec)]
         if refused or missing:
             raise WeightMismatchError(_explain(refused, missing, specs))
-        self._passed = specs
+        self._left_out = left_out
+        if left_out:
+            logger.warning("vLLM's loader leaves out %d of %d: %s", len(left_out), len(specs), first_few(left_out))
+
+
+def _noting_silent(
+    tensors: NamedTensors, counter: _WriteCounter, silent: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors; adds to `silent` the names of those after which nothing was written."""
+    for name, tensor in tensors:
+        before = counter.writes
+        yield name, tensor
+        if counter.writes == before:
+            silent.append(name)
+
+
+def _writes_nothing(model: Any, spec: TensorSpec) -> bool:
+    counter = _WriteCounter()
+    with counter:
+        model.load_weights(_meta_tensors([spec]))
+    return counter.writes == 0
+
+
+def _has_twin(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether another tensor has the same values, as embeddings that are tied and sent twice have."""
+    tensor = tensors[name]
+    others = (other for key, other in tensors.items() if key != name and other.shape == tensor.shape)
+    return any(torch.equal(tensor, other) for other in others)
 
 
 def _refusals(model: Any, specs: Sequence[TensorSpec], counter: _WriteCounter) -> list[str]:

@@ -7,23 +7,75 @@ processed twice (vllm#42821).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from twinkle_callbacks.buckets.digest import first_few
+from twinkle_callbacks.errors import EngineError
+
 
 def commit(model: Any, model_config: Any, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> None:
-    """Loads a complete, checked set of checkpoint tensors into the live model. Runs on the worker's main thread."""
+    """Loads a complete, checked set of checkpoint tensors into the live model. Runs on the worker's main thread.
+
+    Raises:
+        Whatever a loader raises; some layers then have new values and some old ones, but each has its own tensors
+        again, so that a later commit can put everything in order.
+    """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     _forget_cpu_moe_kernels(model)
-    with torch.device(device):
-        initialize_layerwise_reload(model)
-        try:
+    before = [_Registered.of(layer) for layer in model.modules()]
+    try:
+        with torch.device(device):
+            initialize_layerwise_reload(model)
             model.load_weights(tensors)
-        finally:
             finalize_layerwise_reload(model, model_config)
-    _repack_cpu_heads(model)
+        _repack_cpu_heads(model)
+        _check_nothing_on_meta(model)
+    except BaseException:
+        for registered in before:
+            registered.put_back()
+        _end_layerwise_reload(model)
+        raise
+
+
+class _Registered(NamedTuple):
+    """The tensors of one layer, as they were before the reload put others on the meta device in their place."""
+
+    layer: torch.nn.Module
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+    non_persistent: set[str]
+
+    @classmethod
+    def of(cls, layer: torch.nn.Module) -> _Registered:
+        kept = dict(layer._parameters), dict(layer._buffers), set(layer._non_persistent_buffers_set)
+        return cls(layer, *kept)
+
+    def put_back(self) -> None:
+        for now, kept in ((self.layer._parameters, self.parameters), (self.layer._buffers, self.buffers)):
+            now.clear()
+            now.update(kept)
+        self.layer._non_persistent_buffers_set.clear()
+        self.layer._non_persistent_buffers_set.update(self.non_persistent)
+
+
+def _end_layerwise_reload(model: torch.nn.Module) -> None:
+    """Ends a reload that broke off. vLLM 0.32 keeps what it had loaded so far and would go on from there."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for layer in model.modules():
+        get_layerwise_info(layer).reset()
+
+
+def _check_nothing_on_meta(model: torch.nn.Module) -> None:
+    """A layer whose earlier reload broke off can be left without memory although this one raised nothing."""
+    lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if lost:
+        raise EngineError(
+            f"after the commit {len(lost)} tensors have no memory: {first_few(lost)}; restart this server"
+        )
 
 
 def _forget_cpu_moe_kernels(model: Any) -> None:

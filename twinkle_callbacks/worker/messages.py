@@ -4,8 +4,9 @@
 |---|---|---|---|
 | `JoinRequest` | trainer | `init_weight_transfer_engine` | once, at the handshake |
 | `Joined` | each worker | receipt `joined` | once it is in the engine's group |
-| `{"action": ..., "push": n}` | trainer | `update_weights` | `receive` starts a push, `abort` ends a failed one |
+| `{"action": ..., "push": n}` | trainer | `update_weights` | `receive` starts a push, `check`, or `abort` ends one |
 | `Staged` | each worker | receipt `staged-n` | the whole stream is there and its digests agree, or the failure |
+| `Checked` | each worker | receipt `checked-n` | its model takes exactly these names and shapes, or the failure |
 | `Committed` | each worker | receipt `committed-n` | the model has the weights, or the failure |
 
 Settings that both sides share travel once, in `JoinRequest`. Receipts are authenticated by the engine.
@@ -22,6 +23,7 @@ from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.errors import AuthenticationError, ConfigError
 
 RECEIVE = "receive"
+CHECK = "check"
 ABORT = "abort"
 
 
@@ -82,7 +84,11 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Joined(msgspec.Struct, frozen=True):
-    """What a worker runs. `in_update` tells that an earlier trainer left an update open."""
+    """What a worker runs, or why it cannot join.
+
+    `in_update` tells that an earlier trainer left an update open, `intact` whether the model's weights are whole, that
+    is that no commit broke off since the last one that did not.
+    """
 
     model: str
     architecture: str
@@ -94,6 +100,7 @@ class Joined(msgspec.Struct, frozen=True):
     quantization: str | None
     in_update: bool
     vllm: str
+    intact: bool = True
 
 
 class Staged(msgspec.Struct, frozen=True):
@@ -104,8 +111,14 @@ class Staged(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
+class Checked(msgspec.Struct, frozen=True):
+    """A worker's model takes what is staged; or why not."""
+
+    failure: Failure | None = None
+
+
 class Committed(msgspec.Struct, frozen=True):
-    """A worker's model has the new weights; or why not, and whether the old ones are intact."""
+    """A worker's model has the new weights; or why not, and whether those it has are whole."""
 
     seconds: float = 0.0
     failure: Failure | None = None

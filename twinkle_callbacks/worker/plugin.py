@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BACKEND = "twinkle"
+from twinkle_callbacks.config import BACKEND
 
 
 def register() -> None:

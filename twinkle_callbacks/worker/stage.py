@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from twinkle_callbacks.buckets.digest import StreamDigest, first_few
-from twinkle_callbacks.buckets.layout import TensorSpec
-from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory
+from twinkle_callbacks.buckets.packing import as_bytes, copyable, memory
 from twinkle_callbacks.errors import DigestMismatchError
 
 
@@ -28,9 +27,6 @@ class Stage:
         self.tensors[name] = staged
         if self._digest is not None:
             self._digest.add_tensors([name], [memory(as_bytes(staged))])
-
-    def specs(self) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in self.tensors.items())
 
     def verify(self, sent_digests: bytes) -> str:
         """Compares the digest of every staged tensor with the sender's and returns that of the stream.
