@@ -15,6 +15,8 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PYTHONUNBUFFERED := 1
 
 PYTEST  := $(BIN)/python -m pytest
+# Two workers: the cores of a small machine. Tests that start processes of their own run one at a time instead.
+UNIT    := $(PYTEST) --numprocesses 2 --dist loadfile --durations=5 tests/unit
 BENCH   ?= --engine gloo --json runs/bench_engine.json
 
 .DEFAULT_GOAL := help
@@ -29,10 +31,11 @@ demo: $(STAMP)  ## GRPO on arithmetic: a Lightning trainer, a real vLLM server, 
 	$(BIN)/python -m recipes.demo
 
 test: $(STAMP)  ## all tests: unit, then several processes, then vLLM
-	$(PYTEST) --durations=15 tests/unit tests/distributed tests/vllm
+	$(UNIT)
+	$(PYTEST) --durations=15 tests/distributed tests/vllm
 
 test-fast: $(STAMP)  ## unit tests only, under 90 seconds
-	$(PYTEST) --durations=5 tests/unit
+	$(UNIT)
 
 test-distributed: $(STAMP)  ## tests with several trainer processes
 	$(PYTEST) --durations=5 tests/distributed

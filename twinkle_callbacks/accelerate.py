@@ -41,7 +41,8 @@ class WeightSync:
     Entering connects to the rollouts and makes the first push, leaving disconnects; both run on every trainer rank.
     Calls of `step` that only accumulate, that AMP skipped, or that found no gradient push nothing. The weight version
     is the number of real steps. It is saved and loaded with `accelerator.save_state()` and `load_state()`; a load
-    inside the block pushes the loaded weights at once.
+    inside the block pushes the loaded weights at once. Load a checkpoint of a run without WeightSync before you make
+    one, as `load_state()` refuses when objects were registered that it does not hold.
 
     Metrics `weight_sync/*` of each push go to the accelerator's trackers, with the weight version as the step.
 

@@ -31,7 +31,7 @@ class WeightSyncCallback(pl.Callback):
     The first push is at the start of training, also after a resume; then one after each batch in which an optimizer
     step changed the policy. Steps that AMP skipped, batches that only accumulate, and batches without a loss push
     nothing; all steps of one batch, as manual optimization can make them, count as one. The weight version is that
-    count of real steps, and continues from the checkpoint.
+    count of real steps, and continues from the checkpoint, or from `global_step` where that was written without it.
 
     Runs on every trainer rank, and only in `fit`. After training, and on an exception, the rollouts keep the weights
     of the last push; with `every_n_steps` above 1 these can be older than the final ones.
@@ -127,6 +127,8 @@ class WeightSyncCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in `setup`: sharded strategies restore the checkpoint after it.
         self._synchronizer = WeightSynchronizer(pl_module, **self._options)
+        if self._schedule.version == 0 and trainer.global_step:  # a checkpoint of a run without this callback
+            self._schedule.load_state_dict({"steps": trainer.global_step})
         policy = select(pl_module, self.settings.module)
         self._watch = StepWatch(policy.parameters(), trainer.optimizers)
         self._log(trainer, self._synchronizer.open(self._schedule.version))

@@ -79,6 +79,14 @@ def test_resume_continues_the_versions_and_pushes_the_restored_weights(
     assert same(fake.made[0].pushes[3][1], fake.made[1].pushes[0][1])
 
 
+def test_resume_from_a_checkpoint_without_our_state_starts_at_its_global_step(
+    fake: type[RecordingSynchronizer], tmp_path: Path
+) -> None:
+    cases.trainer(ModelCheckpoint(tmp_path, filename="end"), enable_checkpointing=True).fit(module(), data(4))
+    cases.trainer(WeightSyncCallback(), max_epochs=2).fit(module(), data(2), ckpt_path=str(tmp_path / "end.ckpt"))
+    assert fake.made[0].versions == [4, 5, 6]
+
+
 def test_two_callbacks_for_two_modules_keep_their_state_apart(
     fake: type[RecordingSynchronizer], tmp_path: Path
 ) -> None:

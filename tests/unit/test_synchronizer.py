@@ -10,6 +10,7 @@ import torch
 
 from tests.unit.fake_rollout import RUNS, FakeRollout
 from twinkle_callbacks import WeightSynchronizer
+from twinkle_callbacks.engines import CheckpointEngine
 from twinkle_callbacks.errors import (
     BrokenCommitError,
     ConfigError,
@@ -19,6 +20,7 @@ from twinkle_callbacks.errors import (
     SyncError,
     WeightMismatchError,
 )
+from twinkle_callbacks.worker.stage import Stage
 
 PUSH = [
     "start",
@@ -212,6 +214,26 @@ def test_a_worker_that_does_not_join_is_named_by_its_server(policy: torch.nn.Mod
         rollout.leave()
 
 
+def test_a_server_whose_workers_leave_in_the_transfer_is_named(policy: torch.nn.Module) -> None:
+    class Leaving(FakeRollout):
+        leaves = False
+
+        def _receive(self, engine: CheckpointEngine) -> Stage:
+            if self.leaves:
+                engine.finalize()
+                return Stage(verify=True)
+            return super()._receive(engine)
+
+    rollout = Leaving("one")
+    with synchronizer(policy, [rollout], timeout_s=2) as sync:
+        rollout.leaves = True
+        with pytest.raises(SyncError, match="rank 1 is one") as caught:
+            sync.push(version=1)
+        assert (caught.value.phase, caught.value.rollouts) == ("transfer", ("one",))
+        rollout.leaves = False
+        assert sync.push(version=2).version == 2
+
+
 def test_a_rollout_that_signs_with_another_token_is_refused(policy: torch.nn.Module) -> None:
     rollout = FakeRollout("one")
     rollout.token = "another token, long enough"
@@ -245,7 +267,7 @@ def test_error_types_of_a_worker_reach_the_trainer(policy: torch.nn.Module, roll
     rollouts[0].fail["committed"] = WeightMismatchError("other model")
     with pytest.raises(SyncError, match="other model") as caught:
         synchronizer(policy, rollouts).open()
-    assert isinstance(caught.value.__cause__.__cause__, WeightMismatchError)
+    assert isinstance(caught.value.__cause__, WeightMismatchError)
 
 
 def test_skip_reports_the_error_and_the_version_still_served(

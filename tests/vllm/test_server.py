@@ -183,8 +183,8 @@ def test_another_model_is_refused_before_training_with_what_differs(vllm_server:
     other = build("qwen3", seed=1, intermediate_size=64, num_hidden_layers=1)
     with pytest.raises(SyncError, match="refused.*missing.*same model") as caught:
         WeightSynchronizer(other, rollouts=vllm_server.url, timeout_s=60).open()
-    assert isinstance(caught.value.__cause__, SyncError)
-    assert isinstance(caught.value.__cause__.__cause__, WeightMismatchError)
+    assert isinstance(caught.value.__cause__, WeightMismatchError)
+    assert (caught.value.phase, caught.value.rollouts) == ("check", (vllm_server.url,))
     assert_same(server_answers(vllm_server.url), before)
 
 

@@ -258,6 +258,10 @@ class CollectiveCheckpointEngine(CheckpointEngine):
             ended = EngineError(f"finalize() ended a call of engine {self.name} that was under way")
             group.thread.abandon(ended, group.leave, LEAVE_S)
 
+    def __del__(self) -> None:
+        if hasattr(self, "_group") and self._group.thread is not None:  # dropped without finalize()
+            self._group.thread.abandon(EngineError("the engine is gone"), self._group.leave, 0.0)
+
     def _usable(self) -> _Group:
         if self._group.poison:
             raise PoisonedError(

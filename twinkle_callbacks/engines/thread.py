@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class EngineThread:
         leaving = self.submit(last)
         self._calls.put(None)
         if not is_busy:
-            leaving.exception(patience_s)
+            wait([leaving], patience_s)
             self._thread.join(patience_s)
 
     def _run(self) -> None:
