@@ -128,7 +128,7 @@ def timed(links: list[Connection], what: str, send: Any) -> float:
 def make_engine(args: argparse.Namespace, token: str) -> Any:
     from twinkle_callbacks.engines import get_engine
 
-    return get_engine(args.engine)(bucket_size=args.bucket_size_mb * MIB, timeout=TIMEOUT_S, token=token)
+    return get_engine(args.engine)(bucket_size=args.bucket_size_mb * MIB, timeout=TIMEOUT_S, token=token, verify=os.environ.get("V","1")=="1")
 
 
 def raw_group(rank: int, world_size: int, port: int = 0) -> tuple[Any, Any]:

@@ -79,11 +79,14 @@ def test_resume_continues_the_versions_and_pushes_the_restored_weights(
     assert same(fake.made[0].pushes[3][1], fake.made[1].pushes[0][1])
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_resume_from_a_checkpoint_without_our_state_starts_at_its_global_step(
     fake: type[RecordingSynchronizer], tmp_path: Path
 ) -> None:
     cases.trainer(ModelCheckpoint(tmp_path, filename="end"), enable_checkpointing=True).fit(module(), data(4))
-    cases.trainer(WeightSyncCallback(), max_epochs=2).fit(module(), data(2), ckpt_path=str(tmp_path / "end.ckpt"))
+    again = ModelCheckpoint(tmp_path, filename="end")
+    resumed = cases.trainer(WeightSyncCallback(), again, enable_checkpointing=True, max_epochs=2)
+    resumed.fit(module(), data(2), ckpt_path=str(tmp_path / "end.ckpt"))
     assert fake.made[0].versions == [4, 5, 6]
 
 
