@@ -66,9 +66,8 @@ class LoopbackBackend(CollectiveBackend):
 
     wires: ClassVar[dict[str, queue.SimpleQueue[Sent | bytes | None]]] = {}
 
-    def __init__(self, rank: int = 0, wire: queue.SimpleQueue[Any] | None = None, direct: int | None = None) -> None:
+    def __init__(self, rank: int = 0, wire: queue.SimpleQueue[Any] | None = None) -> None:
         self.rank, self.wire = rank, wire or queue.SimpleQueue()
-        self.direct_bytes = direct
 
     def connect(self, store: Any, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
         self.rank = rank

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.unit.engine_loopback import LoopbackBackend, NamedTensors, messages
 from tests.unit.engine_streams import DTYPES, LAYOUTS, Recipe, lay_out, make_stream, picture, random_tensor
 from tests.unit.engine_streams import stream_series as series_of_streams
+from twinkle_callbacks.buckets import frames
 from twinkle_callbacks.buckets.layout import align
 from twinkle_callbacks.engines.receiver import FrameReceiver
 from twinkle_callbacks.engines.sender import FrameSender
@@ -26,10 +27,11 @@ class Link:
     """A sender and a receiver that live through several streams."""
 
     def __init__(
-        self, bucket: int = BUCKET, direct: int | None = None, verify: tuple[bool, bool] = (True, True)
+        self, bucket: int = BUCKET, piece: int = frames.PIECE_BYTES, verify: tuple[bool, bool] = (True, True)
     ) -> None:
+        self.piece = piece
         self.wire: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.sender = FrameSender(LoopbackBackend(0, self.wire, direct), bucket, verify=verify[0])
+        self.sender = FrameSender(LoopbackBackend(0, self.wire), bucket, verify=verify[0])
         self.receiver = FrameReceiver(LoopbackBackend(1, self.wire), bucket, verify=verify[1])
 
     def receive(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -37,8 +39,10 @@ class Link:
             yield from bucket
 
     def carry(self, stream: NamedTensors) -> list[Any]:
-        self.stats = self.sender.send(iter(stream))
-        arrived = picture(self.receive())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(frames, "PIECE_BYTES", self.piece)
+            self.stats = self.sender.send(iter(stream))
+            arrived = picture(self.receive())
         assert self.wire.empty(), "bytes were sent that nobody read"
         return arrived
 
@@ -47,28 +51,27 @@ class Link:
 @given(
     series=series_of_streams(),
     bucket=st.sampled_from([512, 1024, 4096]),
-    direct=st.sampled_from([None, 1, 100, 600, 5000]),
+    piece=st.sampled_from([512, 1000, 1 << 20]),
     verify=st.tuples(st.booleans(), st.booleans()),
 )
 def test_every_stream_of_a_series_arrives_bit_for_bit(
-    series: list[list[tuple[Recipe, int]]], bucket: int, direct: int | None, verify: tuple[bool, bool]
+    series: list[list[tuple[Recipe, int]]], bucket: int, piece: int, verify: tuple[bool, bool]
 ) -> None:
-    link = Link(bucket, direct, verify)
+    link = Link(bucket, piece, verify)
     for recipes in series:
         stream = make_stream(recipes)
         assert link.carry(stream) == picture(stream)
         assert link.stats.tensors == len(stream)
 
 
-@pytest.mark.parametrize("direct", [None, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_arrives_whole_and_in_chunks(dtype: torch.dtype, layout: str, direct: int | None) -> None:
+def test_every_dtype_arrives_whole_and_in_chunks(dtype: torch.dtype, layout: str) -> None:
     shapes = [(), (0,), (1,), (3,), (0, 5), (7, 11), (5, 0, 3), (3, 5, 7), (61, 67)]
     stream = [
         (f"t{i}", lay_out(random_tensor(dtype, shape, i), layout)) for i, shape in enumerate([*shapes, *shapes[::-1]])
     ]
-    link = Link(direct=direct)
+    link = Link(piece=300)
     for _ in range(3):
         assert link.carry(stream) == picture(stream)
 
@@ -81,33 +84,31 @@ def test_dtypes_that_torch_can_view_as_bytes_but_not_copy_arrive_too() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 200, 5000], ids=["in_a_bucket", "a_whole_bucket", "in_chunks"])
-@pytest.mark.parametrize("direct", [None, 1])
-def test_lazily_conjugated_and_negated_tensors_arrive_as_what_they_stand_for(size: int, direct: int | None) -> None:
+def test_lazily_conjugated_and_negated_tensors_arrive_as_what_they_stand_for(size: int) -> None:
     values = torch.randn(size, dtype=torch.complex64)
     stream = [("conjugate", values.conj()), ("negative", torch._neg_view(values.real.clone()))]
     stream.append(("imaginary", values.conj().imag))
-    assert Link(direct=direct).carry(stream) == picture(stream)
+    assert Link().carry(stream) == picture(stream)
 
 
 def test_trained_parameters_arrive_without_their_history() -> None:
     model = torch.nn.Linear(3, 5)
     model(torch.randn(2, 3)).sum().backward()
-    link = Link(direct=1)
+    link = Link()
     link.sender.send(model.named_parameters())
     arrived = list(link.receive())
     assert picture(arrived) == picture(model.state_dict().items())
     assert not any(tensor.requires_grad for _, tensor in arrived)
 
 
-@pytest.mark.parametrize("direct", [None, 1])
-def test_one_storage_reused_for_every_tensor_is_read_before_the_next_is_requested(direct: int | None) -> None:
+def test_one_storage_reused_for_every_tensor_is_read_before_the_next_is_requested() -> None:
     def one_storage(size: int) -> Iterator[tuple[str, torch.Tensor]]:
         room = torch.empty(size, dtype=torch.uint8)
         for value in range(7):
             yield f"t{value}", room.fill_(value)
         room.fill_(0xEE)
 
-    link = Link(direct=direct)
+    link = Link()
     for size in (1, 300, 1024, 3000):
         link.sender.send(one_storage(size))
         expected = [(f"t{v}", torch.full((size,), v, dtype=torch.uint8)) for v in range(7)]
@@ -125,6 +126,23 @@ def test_tensors_of_one_bucket_stay_intact_while_the_next_bucket_comes_in() -> N
         arrived += picture(current)
         current = following
     assert arrived == picture(stream)
+
+
+LIKE = [(f"t{i}", random_tensor(torch.float32, (100,), i)) for i in range(9)]
+
+
+@pytest.mark.parametrize("piece", [512, 1 << 20])
+@pytest.mark.parametrize("kept", range(10))
+@pytest.mark.parametrize(
+    "then", [[], [("new", torch.ones(3))], [("new", torch.ones(700)), ("x", torch.ones(2))]], ids=len
+)
+def test_stream_that_goes_on_otherwise_than_announced_arrives_as_it_is(
+    kept: int, then: NamedTensors, piece: int
+) -> None:
+    link = Link(2048, piece)
+    link.carry(LIKE)
+    for stream in (LIKE[:kept] + then, LIKE[:kept] + then, LIKE, LIKE):
+        assert link.carry(stream) == picture(stream)
 
 
 def test_stats_count_tensors_and_the_bytes_of_all_buckets_with_their_gaps() -> None:
@@ -154,8 +172,8 @@ def test_digest_does_not_depend_on_buckets_or_on_the_way_tensors_travel() -> Non
     stream = [(f"t{i}", random_tensor(torch.bfloat16, (size,), i)) for i, size in enumerate([3, 0, 700, 5000, 1])]
     digests = set()
     for bucket in (512, 1024, 65536):
-        for direct in (None, 1, 4096):
-            link = Link(bucket, direct)
+        for piece in (512, 1 << 20):
+            link = Link(bucket, piece)
             link.carry(stream)
             digests.add((link.stats.digest, link.stats.digests, link.receiver.digest.hexdigest()))
     assert len(digests) == 1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.unit.engine_loopback import LoopbackBackend, messages
 from tests.unit.engine_streams import picture, random_tensor
 from twinkle_callbacks import errors
-from twinkle_callbacks.buckets.frames import CONTROL_BYTES, Control, End, Entry, Failure, Kind, encode, layout_hash
+from twinkle_callbacks.buckets.frames import CONTROL_BYTES, Control, Cut, End, Entry, Failure, Kind, encode, layout_hash
 from twinkle_callbacks.engines.receiver import FrameReceiver
 from twinkle_callbacks.engines.sender import FrameSender
 
@@ -159,6 +159,7 @@ def test_connection_that_ends_early_is_an_error_and_no_short_stream() -> None:
         [Control(Kind.END, 0, 0, 0).pack()],
         [Control(Kind.ERROR, 0, 0, 0).pack()],
         [Control(Kind.BUCKET, 0, 1 << 60, 0).pack()],
+        [Control(Kind.CUT, 0, 1, 0).pack(), b"\x01"],
         [Control(Kind.BUCKET, 0, 1, 1 << 60, layout_hash(encode([]))).pack(), encode([])],
     ],
     ids=[
@@ -183,6 +184,7 @@ def test_connection_that_ends_early_is_an_error_and_no_short_stream() -> None:
         "end without a header",
         "error without a header",
         "absurd header size",
+        "cut of nothing",
         "absurd payload size",
     ],
 )
@@ -190,6 +192,14 @@ def test_connection_that_ends_early_is_an_error_and_no_short_stream() -> None:
 def test_impossible_frame_is_a_protocol_error(frame: Frame, verify: bool) -> None:
     with pytest.raises(errors.ProtocolError):
         played([frame], verify=verify)
+
+
+@pytest.mark.parametrize("entries", [-1, 0, 2, 3])
+def test_impossible_cut_is_a_protocol_error(entries: int) -> None:
+    frame = bucket_frame([Entry(n, "float32", (4,), o, 0, 16) for n, o in (("a", 0), ("b", 512))], bytes(528))
+    header = encode(Cut(entries))
+    with pytest.raises(errors.ProtocolError, match=f"2 entries is cut to {entries}"):
+        played([frame, [Control(Kind.CUT, 1, len(header), 0).pack(), header]])
 
 
 def test_gap_between_the_chunks_of_a_tensor_is_a_protocol_error() -> None:
@@ -222,25 +232,30 @@ def failing(error: BaseException, after: int) -> Iterator[tuple[str, torch.Tenso
     raise error
 
 
-def told_to_receiver(weights: Any, *, direct: int | None = None) -> tuple[BaseException, BaseException]:
-    """The errors that the sender raises, and the receiver, for a source that fails."""
+def told_to_receiver(weights: Any, *, before: int = 0) -> tuple[BaseException, BaseException]:
+    """The errors that the sender raises, and the receiver, for a source that fails after some streams that did not."""
     wire: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    sender = FrameSender(LoopbackBackend(0, wire, direct), BUCKET, verify=True)
+    sender = FrameSender(LoopbackBackend(0, wire), BUCKET, verify=True)
+    for _ in range(before):
+        sender.send(STREAM)
     with pytest.raises(BaseException) as at_sender:
         sender.send(weights)
     wire.put(None)
     receiver = FrameReceiver(LoopbackBackend(1, wire), BUCKET, verify=True)
+    for _ in range(before):
+        while receiver.next_bucket() is not None:
+            pass
     with pytest.raises(BaseException) as at_receiver:
         while receiver.next_bucket() is not None:
             pass
     return at_sender.value, at_receiver.value
 
 
-@pytest.mark.parametrize("direct", [None, 1])
+@pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 7])
-def test_error_of_the_source_is_raised_as_it_is_and_told_to_receivers(after: int, direct: int | None) -> None:
+def test_error_of_the_source_is_raised_as_it_is_and_told_to_receivers(after: int, before: int) -> None:
     error = ValueError("layer 3 is on fire")
-    sent, received = told_to_receiver(failing(error, after), direct=direct)
+    sent, received = told_to_receiver(failing(error, after), before=before)
     assert sent is error
     assert type(received) is errors.PeerError
     assert "ValueError" in str(received)

@@ -28,6 +28,10 @@ class StreamDigest:
         self.names.extend(names)
         self.values.extend(map(xxhash.xxh3_64_intdigest, data))
 
+    def drop_last(self, count: int) -> None:
+        """Takes the last `count` tensors back."""
+        del self.names[-count:], self.values[-count:]
+
     def add_chunk(self, name: str, data: memoryview, *, first: bool, last: bool) -> None:
         """Adds the next chunk of a tensor that travels in several."""
         if first:

@@ -2,8 +2,10 @@
 
     frame = control block (64 bytes) + header (msgpack, `header_bytes`) + payload (`payload_bytes`)
 
-A BUCKET frame describes the tensors in its payload; a layout that was sent before travels as its hash alone. An END
-frame carries the digests; an ERROR frame the sender's error. Lengths come first, so only used bytes are sent.
+A BUCKET frame describes the tensors in its payload; a layout that was sent before travels as its hash alone, ahead of
+the payload. A CUT frame takes back the last tensors of the bucket before it, where the stream went on otherwise than
+announced. An END frame carries the digests; an ERROR frame the sender's error. Lengths come first, so only used bytes
+are sent; a payload goes in pieces of at most `PIECE_BYTES`, so that several are on their way at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from twinkle_callbacks.errors import ProtocolError, text_of
 
 PROTOCOL_VERSION = 1
 CONTROL_BYTES = 64
+PIECE_BYTES = 64 << 20
 MAX_HEADER_BYTES = 64 << 20  # some 700,000 tensors in one bucket
 _MAGIC = b"TWKL"
 _CONTROL = struct.Struct("<4sBB2xIQQ16s20x")
@@ -31,6 +34,7 @@ class Kind(enum.IntEnum):
     BUCKET = 1
     END = 2
     ERROR = 3
+    CUT = 4
 
 
 _KINDS = frozenset(Kind)
@@ -60,6 +64,12 @@ class End(msgspec.Struct, frozen=True):
     payload_bytes: int
     digests: bytes
     digest: str
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """Header of a CUT frame: how many entries of the bucket before it count."""
+
+    entries: int
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -113,6 +123,12 @@ class Control(msgspec.Struct, frozen=True):
         if kind not in _KINDS:
             raise ProtocolError(f"received a frame of kind {kind}, which does not exist")
         return cls(Kind(kind), sequence, header_bytes, payload_bytes, layout)
+
+
+def pieces(payload_bytes: int) -> list[tuple[int, int]]:
+    """First and last byte (exclusive) of each piece of a payload."""
+    starts = range(0, payload_bytes, PIECE_BYTES)
+    return [(start, min(start + PIECE_BYTES, payload_bytes)) for start in starts]
 
 
 def encode(header: Any) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -26,14 +26,9 @@ class Pending(Protocol):
 class CollectiveBackend(ABC):
     """A private group of ranks in which rank 0 broadcasts flat uint8 buffers.
 
-    All methods run on one thread, the engine's own. `connect` comes first, `close` last and in any state.
-
-    Attributes:
-        direct_bytes: contiguous tensors of at least this size are broadcast from where they are instead of being packed
-            into a bucket first; None where packing is free next to the wire.
+    All methods run on one thread, the engine's own. `connect` comes first, `close` last and in any state. Several
+    broadcasts may be under way at a time; all ranks start them in the same order.
     """
-
-    direct_bytes: ClassVar[int | None] = None
 
     @abstractmethod
     def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:

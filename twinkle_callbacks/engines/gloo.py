@@ -40,9 +40,6 @@ class _GlooWork:
 class GlooBackend(CollectiveBackend):
     """A `ProcessGroupGloo` of its own, independent of the default group of torch.distributed."""
 
-    # On a CPU the copy into a bucket costs a quarter of the wire's time, a frame of its own some 0.2 ms.
-    direct_bytes: ClassVar[int | None] = 1 << 20
-
     def __init__(self) -> None:
         self._group: Any = None
         self._works: list[_GlooWork] = []

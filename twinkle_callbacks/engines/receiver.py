@@ -19,12 +19,14 @@ from twinkle_callbacks.buckets.frames import (
     CONTROL_BYTES,
     MAX_HEADER_BYTES,
     Control,
+    Cut,
     End,
     Entry,
     Failure,
     Kind,
     decode,
     layout_hash,
+    pieces,
 )
 from twinkle_callbacks.buckets.layout import ALIGNMENT_BYTES
 from twinkle_callbacks.buckets.packing import dtype_of, memory, nbytes_of, view_at
@@ -69,6 +71,7 @@ class FrameReceiver:
         self._views: list[dict[bytes, _Views]] = [{}, {}]
         self._sequence = 0
         self._side = 0
+        self._upcoming: tuple[Control, bytes] | None = None
         self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if verify else None
         self._digesting: tuple[list[Future[None]], ...] = ([], [], [])  # of either buffer, and of chunked tensors
         self._start_stream()
@@ -95,28 +98,61 @@ class FrameReceiver:
         """
         if self.end is not None:
             self._start_stream()
-        control = Control.unpack(bytes(self._receive(CONTROL_BYTES).numpy()), self._sequence)
-        self._sequence += 1
-        if control.header_bytes > MAX_HEADER_BYTES:
-            raise ProtocolError(
-                f"a header of {control.header_bytes} bytes comes, at most {MAX_HEADER_BYTES} are allowed"
-            )
-        header = bytes(self._receive(control.header_bytes).numpy()) if control.header_bytes else b""
+        control, header = self._upcoming or self._receive_control()
+        self._upcoming = None
         if control.kind is Kind.ERROR:
             failure = decode(header, Failure)
             raise from_wire(failure.type, f"the sender failed in the middle of the stream: {failure.message}")
         if control.kind is Kind.END:
             self._finish(decode(header, End))
             return None
+        if control.kind is Kind.CUT:
+            raise ProtocolError("a CUT frame came without a bucket before it")
         layout = self._layout(control, header)
         self.may_read_ahead = True
         if len(layout.entries) == 1 and not _is_whole(layout.entries[0]):
-            tensors = self._receive_chunk(layout.entries[0])
+            tensors = self._receive_chunk(layout)
         else:
             tensors = self._receive_bucket(layout, control.layout)
         self._payload_bytes += layout.payload_bytes
         self._tensors += len(tensors)
         return tensors
+
+    def _receive_control(self) -> tuple[Control, bytes]:
+        return self._read_control(self._receive(CONTROL_BYTES))
+
+    def _read_control(self, block: torch.Tensor) -> tuple[Control, bytes]:
+        control = Control.unpack(bytes(block.numpy()), self._sequence)
+        self._sequence += 1
+        if control.header_bytes > MAX_HEADER_BYTES:
+            raise ProtocolError(
+                f"a header of {control.header_bytes} bytes comes, at most {MAX_HEADER_BYTES} are allowed"
+            )
+        return control, bytes(self._receive(control.header_bytes).numpy()) if control.header_bytes else b""
+
+    def _receive_payload(self, place: torch.Tensor, layout: _Layout, arrived: Callable[[int], None]) -> list[Entry]:
+        """Receives a payload and the control block after it. Returns the entries that count.
+
+        Args:
+            place: where the payload goes.
+            layout: its layout.
+            arrived: called with the number of bytes that are there, after each piece.
+        """
+        under_way = [(end, self._backend.broadcast(place[begin:end])) for begin, end in pieces(layout.payload_bytes)]
+        block = self._backend.allocate(CONTROL_BYTES)
+        following = self._backend.broadcast(block)
+        for end, piece in under_way:
+            piece.wait()
+            arrived(end)
+        following.wait()
+        control, header = self._upcoming = self._read_control(block)
+        if control.kind is not Kind.CUT:
+            return layout.entries
+        self._upcoming = None
+        cut = decode(header, Cut)
+        if not 0 < cut.entries < len(layout.entries):
+            raise ProtocolError(f"a bucket of {len(layout.entries)} entries is cut to {cut.entries}")
+        return layout.entries[: cut.entries]
 
     def _layout(self, control: Control, header: bytes) -> _Layout:
         if header:
@@ -141,7 +177,7 @@ class FrameReceiver:
             placed = entry.offset >= 0 and entry.offset % ALIGNMENT_BYTES == 0
             if not inside or not placed or any(side < 0 for side in entry.shape):
                 raise ProtocolError(f"{entry} describes no tensor or chunk that can be in a bucket")
-        layout = _Layout(entries, max((entry.offset + entry.nbytes for entry in entries), default=0))
+        layout = _Layout(entries, max(map(_end, entries), default=0))
         if layout.payload_bytes > self._bucket_bytes:
             raise ProtocolError(f"a bucket of {layout.payload_bytes} bytes exceeds bucket_size={self._bucket_bytes}")
         if sum(not _is_whole(entry) for entry in entries) > 1:
@@ -154,15 +190,31 @@ class FrameReceiver:
         if layout.payload_bytes > self._buffers[side].numel():
             self._views[side].clear()
             self._buffers[side] = self._backend.allocate(layout.payload_bytes)
-        if layout.payload_bytes:
-            self._backend.broadcast(self._buffers[side][: layout.payload_bytes]).wait()
         views = self._views[side].get(key)
         if views is None and all(_is_whole(entry) for entry in layout.entries):
             views = self._views[side][key] = self._view_all(self._buffers[side], layout.entries)
         if views is None:
-            return [item for entry in layout.entries for item in self._unpack(side, entry)]
-        self._digest(side, self.digest.add_tensors, [name for name, _ in views.tensors], views.data)
-        return views.tensors
+            entries = self._receive_payload(self._buffers[side], layout, lambda _: None)
+            return [item for entry in entries for item in self._unpack(side, entry)]
+        return self._receive_views(side, layout, views)
+
+    def _receive_views(self, side: int, layout: _Layout, views: _Views) -> NamedTensors:
+        """A bucket of whole tensors; their digests are computed as they arrive."""
+        digested = 0
+
+        def digest(filled_bytes: int) -> None:
+            nonlocal digested
+            first = digested
+            while digested < len(layout.entries) and _end(layout.entries[digested]) <= filled_bytes:
+                digested += 1
+            names = [entry.name for entry in layout.entries[first:digested]]
+            self._digest(side, self.digest.add_tensors, names, views.data[first:digested])
+
+        digest(0)  # of a bucket of empty tensors, which has no pieces
+        counting = len(self._receive_payload(self._buffers[side], layout, digest))
+        if counting < digested:
+            self._digest(side, self.digest.drop_last, digested - counting)
+        return views.tensors[:counting]
 
     def _view_all(self, buffer: torch.Tensor, entries: list[Entry]) -> _Views:
         tensors = [(e.name, view_at(buffer, e.offset, dtype_of(e.dtype), e.shape)) for e in entries]
@@ -179,10 +231,13 @@ class FrameReceiver:
         place.copy_(source)
         return self._complete(entry, place)
 
-    def _receive_chunk(self, entry: Entry) -> NamedTensors:
+    def _receive_chunk(self, layout: _Layout) -> NamedTensors:
         """A bucket that is one chunk goes straight to its place in the tensor."""
+        [entry] = layout.entries
+        if entry.nbytes != layout.payload_bytes:
+            raise ProtocolError(f"{entry} is alone in a bucket of {layout.payload_bytes} bytes")
         place = self._place_of(entry)
-        self._backend.broadcast(place).wait()
+        self._receive_payload(place, layout, lambda _: None)
         return self._complete(entry, place)
 
     def _place_of(self, entry: Entry) -> torch.Tensor:
@@ -218,9 +273,9 @@ class FrameReceiver:
         self._joining, self.may_read_ahead = None, False
         return [(entry.name, flat.view(dtype_of(entry.dtype)).view(entry.shape))]
 
-    def _digest(self, side: int, add: Callable[[Any, Any], None], names: Any, data: Any) -> None:
+    def _digest(self, side: int, call: Callable[..., None], *args: Any) -> None:
         if self._digester is not None:
-            self._digesting[side].append(self._digester.submit(add, names, data))
+            self._digesting[side].append(self._digester.submit(call, *args))
 
     def _wait_digests(self, pending: list[Future[None]]) -> None:
         for future in pending:
@@ -248,6 +303,10 @@ class FrameReceiver:
         buffer = self._backend.allocate(nbytes)
         self._backend.broadcast(buffer).wait()
         return buffer
+
+
+def _end(entry: Entry) -> int:
+    return entry.offset + entry.nbytes
 
 
 def _is_whole(entry: Entry) -> bool:

@@ -1,8 +1,9 @@
 """Master's end of the wire: packs tensors into two buckets in turn and broadcasts the one while filling the other.
 
-Each byte is copied once (tensor to bucket) before the wire, or not at all where the backend sends large tensors from
-where they are. The plan of a stream is kept: a stream like the one before it is neither planned nor described again.
-Both ends forget a layout when a stream ends that did not use it. Runs on the engine's thread.
+Each byte is copied once (tensor to bucket) before the wire. The plan of a stream is kept: a stream like the one before
+it is neither planned nor described again, and each of its buckets is announced before it is filled, so that receivers
+are ready for its pieces as they come. Both ends forget a layout when a stream ends that did not use it. Runs on the
+engine's thread.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ from typing import NamedTuple
 import torch
 
 from twinkle_callbacks.buckets.digest import StreamDigest
-from twinkle_callbacks.buckets.frames import MAX_HEADER_BYTES, Control, End, Entry, Failure, Kind, encode, layout_hash
+from twinkle_callbacks.buckets.frames import (
+    MAX_HEADER_BYTES,
+    Control,
+    Cut,
+    End,
+    Entry,
+    Failure,
+    Kind,
+    encode,
+    layout_hash,
+    pieces,
+)
 from twinkle_callbacks.buckets.layout import BucketPlanner, Chunk
 from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory, view_at
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
@@ -25,7 +37,7 @@ from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
 class _Step(NamedTuple):
     """One tensor of the plan: what it looks like, and where in the buckets it goes.
 
-    `chunks` is empty for a tensor that is sent from where it is. `view` is its place, if it goes there in one piece.
+    `view` is its place and `data` the memory of it, if it goes there in one piece.
     """
 
     name: str
@@ -37,15 +49,25 @@ class _Step(NamedTuple):
     data: memoryview | None
 
 
+class _Outline(NamedTuple):
+    """A bucket of the stream before: what announces it, should the stream go on like that one."""
+
+    layout: bytes
+    payload_bytes: int
+    entries: int
+
+
 class _Bucket:
-    """The bucket being filled."""
+    """The bucket being filled; `announced` if its control block is on the wire already."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.side = number % 2
+        self.announced: _Outline | None = None
         self.steps: list[_Step] = []
         self.entries: list[Entry] = []
         self.used = 0
+        self.pieces_sent = 0
 
 
 class FrameSender:
@@ -61,9 +83,9 @@ class FrameSender:
         self._verify = verify
         self._planner = BucketPlanner(bucket_bytes)
         self._buffers = [backend.allocate(bucket_bytes) for _ in range(2)]
-        self._pending: list[Pending | None] = [None, None]
+        self._on_the_wire: list[list[tuple[Pending, torch.Tensor]]] = [[], []]
         self._plan: list[_Step] = []
-        self._headers: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        self._outlines: dict[int, _Outline] = {}
         self._known_layouts: set[bytes] = set()
         self._used_layouts: set[bytes] = set()
         self._sequence = 0
@@ -86,7 +108,8 @@ class FrameSender:
                     raise SourceError(f"{name!r}: expected a tensor, got {type(tensor).__name__}")
                 self._send_tensor(self._step(tensors, name, tensor), tensor)
                 tensors += 1
-            self._flush(0)
+            self._forget(tensors)
+            self._flush(self._bucket.number + 1)
         except Exception as error:
             if not self.source_failed and isinstance(error, (EngineError, DeadlineError)):
                 raise  # the wire itself is broken, so nothing can be said on it
@@ -119,22 +142,24 @@ class FrameSender:
         """The plan's step for this tensor; plans anew from here on if the stream differs from the one before."""
         if index < len(self._plan):
             step = self._plan[index]
-            same = step.name == name and step.dtype is tensor.dtype and step.shape == tensor.shape
-            if same and self._is_direct(tensor) is not bool(step.chunks):
+            if step.name == name and step.dtype is tensor.dtype and step.shape == tensor.shape:
                 return step
-            del self._plan[index:]
-            self._headers.clear()
+            self._forget(index)
         step = self._plan_tensor(index, name, tensor)
         self._plan.append(step)
         return step
 
+    def _forget(self, index: int) -> None:
+        """Drops the plan from this tensor on, and the outlines of all buckets that are not begun."""
+        del self._plan[index:]
+        begun = self._bucket.number + bool(self._bucket.entries)
+        self._outlines = {number: outline for number, outline in self._outlines.items() if number < begun}
+
     def _plan_tensor(self, index: int, name: str, tensor: torch.Tensor) -> _Step:
         dtype, shape, nbytes = dtype_name(tensor.dtype), tuple(tensor.shape), tensor.nbytes
-        if self._is_direct(tensor):
-            starts = range(0, nbytes, self._bucket_bytes)
-            entries = [Entry(name, dtype, shape, 0, s, min(self._bucket_bytes, nbytes - s)) for s in starts]
-            return _Step(name, tensor.dtype, tensor.shape, entries, [], None, None)
-        self._resume_planner(index)
+        self._planner.resume(self._plan[index - 1].chunks[-1] if index else Chunk(0, 0, 0, 0))
+        if self._bucket.announced is not None:  # whatever comes now is not what was announced
+            self._planner.next_bucket()
         chunks = self._planner.place(nbytes)
         entries = [Entry(name, dtype, shape, c.offset, c.start, c.nbytes) for c in chunks]
         view = data = None
@@ -145,25 +170,8 @@ class FrameSender:
                 data = memory(buffer)[chunks[0].offset : chunks[0].offset + nbytes]
         return _Step(name, tensor.dtype, tensor.shape, entries, chunks, view, data)
 
-    def _resume_planner(self, index: int) -> None:
-        packed = next((step for step in reversed(self._plan[:index]) if step.chunks), None)
-        self._planner.resume(packed.chunks[-1] if packed else Chunk(0, 0, 0, 0))
-        if packed is not None and packed is not self._plan[index - 1]:
-            self._planner.next_bucket()  # a tensor sent from where it is ended the bucket
-
-    def _is_direct(self, tensor: torch.Tensor) -> bool:
-        least = self._backend.direct_bytes
-        return (
-            least is not None
-            and tensor.nbytes >= least
-            and tensor.is_contiguous()
-            and tensor.device == self._buffers[0].device
-        )
-
     def _send_tensor(self, step: _Step, tensor: torch.Tensor) -> None:
-        if not step.chunks:
-            self._send_direct(step, tensor)
-        elif step.view is not None:
+        if step.view is not None:
             self._enter(step.chunks[0])
             step.view.copy_(copyable(tensor))
             self._bucket.steps.append(step)
@@ -174,98 +182,105 @@ class FrameSender:
     def _pack_chunks(self, step: _Step, source: torch.Tensor) -> None:
         for entry, chunk in zip(step.entries, step.chunks, strict=True):
             self._enter(chunk)
-            self._digest_bucket()  # the order of digests is the order of tensors
             place = self._buffers[self._bucket.side][chunk.offset : chunk.offset + chunk.nbytes]
             place.copy_(source[chunk.start : chunk.start + chunk.nbytes])
-            self._digest_chunk(entry, place, source.numel())
             self._add(entry)
-
-    def _send_direct(self, step: _Step, tensor: torch.Tensor) -> None:
-        self._flush(self._bucket.number + 1)
-        source = as_bytes(tensor)
-        for entry in step.entries:
-            self._drain()
-            chunk = source[entry.start : entry.start + entry.nbytes]
-            self._describe([entry], entry.nbytes)
-            on_the_wire = self._backend.broadcast(chunk)
-            self._digest_chunk(entry, chunk, source.numel())
-            on_the_wire.wait()
-            self._payload_bytes += entry.nbytes
+            if self._verify:
+                last = entry.start + entry.nbytes == source.numel()
+                self._digest.add_chunk(entry.name, memory(place), first=entry.start == 0, last=last)
 
     def _enter(self, chunk: Chunk) -> None:
-        """Makes the chunk's bucket the open one, once its buffer is free."""
+        """Makes the chunk's bucket the open one, once its buffer is free, and announces it if it is like the last."""
         if chunk.bucket != self._bucket.number:
             self._flush(chunk.bucket)
-        if not self._bucket.entries:
-            self._wait(self._bucket.side)
+        if self._bucket.entries:
+            return
+        self._wait(self._bucket.side)
+        outline = self._bucket.announced = self._outlines.get(self._bucket.number)
+        if outline is not None:
+            self._used_layouts.add(outline.layout)
+            self._start_frame(Kind.BUCKET, b"", outline.payload_bytes, outline.layout)
 
     def _add(self, entry: Entry) -> None:
         self._bucket.entries.append(entry)
         self._bucket.used = entry.offset + entry.nbytes
+        if self._bucket.announced is not None:
+            self._start_pieces(self._bucket, self._bucket.announced.payload_bytes, self._bucket.used)
 
     def _flush(self, following: int) -> None:
-        """Sends the open bucket and opens number `following`; the payload is on the wire while that one is filled."""
-        bucket, self._bucket = self._bucket, _Bucket(following)
-        if not bucket.entries:
-            return
-        self._wait(1 - bucket.side)
-        self._describe(bucket.entries, bucket.used)
-        if bucket.used:
-            self._pending[bucket.side] = self._backend.broadcast(self._buffers[bucket.side][: bucket.used])
+        """Sends what is left of the open bucket and opens number `following`, which is filled meanwhile."""
+        bucket = self._bucket
+        if bucket.announced is not None:
+            self._keep_promise(bucket, bucket.announced)
+        elif bucket.entries:
+            self._describe(bucket)
+            self._start_pieces(bucket, bucket.used, bucket.used)
         self._digest_steps(bucket)
-        self._payload_bytes += bucket.used
+        self._bucket = _Bucket(following)
 
-    def _describe(self, entries: list[Entry], payload_bytes: int) -> None:
+    def _keep_promise(self, bucket: _Bucket, promised: _Outline) -> None:
+        """Completes an announced payload; if the stream went on otherwise, with leftovers that are then taken back."""
+        self._start_pieces(bucket, promised.payload_bytes, promised.payload_bytes)
+        if len(bucket.entries) != promised.entries:
+            del self._outlines[bucket.number]
+            self._start_frame(Kind.CUT, encode(Cut(len(bucket.entries))))
+
+    def _start_pieces(self, bucket: _Bucket, payload_bytes: int, filled_bytes: int) -> None:
+        """Puts those pieces of the payload on the wire that are filled."""
+        for begin, end in pieces(payload_bytes)[bucket.pieces_sent :]:
+            if end > filled_bytes:
+                return
+            self._start(self._buffers[bucket.side][begin:end])
+            bucket.pieces_sent += 1
+            self._payload_bytes += end - begin
+            self._digest_steps(bucket)
+
+    def _describe(self, bucket: _Bucket) -> None:
         """Sends the control block of a bucket, and its header unless the receivers have seen this layout."""
-        key = (id(entries[0]), len(entries))  # entries are the plan's own objects, alive as long as the cache
-        header, layout = self._headers.get(key, (b"", b""))
-        if not layout:
-            header = encode(entries)
-            if len(header) > MAX_HEADER_BYTES:
-                raise SourceError(
-                    f"{len(entries)} tensors in one bucket need a header of {len(header)} bytes, at most "
-                    f"{MAX_HEADER_BYTES} are allowed; make bucket_size smaller"
-                )
-            layout = layout_hash(header)
-            self._headers[key] = (header, layout)
+        header = encode(bucket.entries)
+        if len(header) > MAX_HEADER_BYTES:
+            raise SourceError(
+                f"{len(bucket.entries)} tensors in one bucket need a header of {len(header)} bytes, at most "
+                f"{MAX_HEADER_BYTES} are allowed; make bucket_size smaller"
+            )
+        layout = layout_hash(header)
+        self._outlines[bucket.number] = _Outline(layout, bucket.used, len(bucket.entries))
         known = layout in self._known_layouts or layout in self._used_layouts
         self._used_layouts.add(layout)
-        self._send_frame(Kind.BUCKET, b"" if known else header, payload_bytes, layout)
-
-    def _digest_bucket(self) -> None:
-        self._digest_steps(self._bucket)
-        self._bucket.steps = []
+        self._start_frame(Kind.BUCKET, b"" if known else header, bucket.used, layout)
 
     def _digest_steps(self, bucket: _Bucket) -> None:
         if self._verify:
             self._digest.add_tensors(
                 (step.name for step in bucket.steps), (step.data for step in bucket.steps if step.data is not None)
             )
-
-    def _digest_chunk(self, entry: Entry, chunk: torch.Tensor, total: int) -> None:
-        if self._verify:
-            last = entry.start + entry.nbytes == total
-            self._digest.add_chunk(entry.name, memory(chunk), first=entry.start == 0, last=last)
+        bucket.steps = []
 
     def _send_failure(self, error: BaseException) -> None:
-        self._drain()
+        if self._bucket.announced is not None:
+            self._keep_promise(self._bucket, self._bucket.announced)
         self._send_frame(Kind.ERROR, encode(Failure.of(error)))
 
-    def _send_frame(self, kind: Kind, header: bytes, payload_bytes: int = 0, layout: bytes = b"\0" * 16) -> None:
+    def _send_frame(self, kind: Kind, header: bytes) -> None:
+        self._start_frame(kind, header)
+        self._drain()
+
+    def _start_frame(self, kind: Kind, header: bytes, payload_bytes: int = 0, layout: bytes = b"\0" * 16) -> None:
         control = Control(kind, self._sequence, len(header), payload_bytes, layout)
         self._sequence += 1
-        self._broadcast_bytes(control.pack())
-        if header:
-            self._broadcast_bytes(header)
+        for data in (control.pack(), header):
+            if data:
+                buffer = self._backend.allocate(len(data))
+                buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+                self._start(buffer)
 
-    def _broadcast_bytes(self, data: bytes) -> None:
-        buffer = self._backend.allocate(len(data))
-        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        self._backend.broadcast(buffer).wait()
+    def _start(self, buffer: torch.Tensor) -> None:
+        """Puts a buffer on the wire; it must stay as it is until its side is waited for."""
+        self._on_the_wire[self._bucket.side].append((self._backend.broadcast(buffer), buffer))
 
     def _wait(self, side: int) -> None:
-        pending, self._pending[side] = self._pending[side], None
-        if pending is not None:
+        under_way, self._on_the_wire[side] = self._on_the_wire[side], []
+        for pending, _ in under_way:
             pending.wait()
 
     def _drain(self) -> None:
