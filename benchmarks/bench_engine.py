@@ -3,8 +3,8 @@
     python benchmarks/bench_engine.py --engine gloo --json benchmarks/results/engine_gloo.json
 
 `1GiB`: a model of 1 GiB (one tensor of 128 MiB, the rest 2 to 16 MiB), against one raw broadcast of 1 GiB.
-`small`: 10,000 tensors of 4 KiB, against one broadcast for each. Both with one receiver, and with two. Buckets are those
-of the product's default, and digests are on, which the raw broadcasts have none of.
+`small`: 10,000 tensors of 4 KiB, against one broadcast for each. Both with one receiver, and with two. Buckets have the
+product's default size, and digests are on, which the raw broadcasts have none of.
 """
 
 from __future__ import annotations

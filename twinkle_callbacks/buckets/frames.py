@@ -21,7 +21,7 @@ from twinkle_callbacks.errors import ProtocolError, text_of
 
 PROTOCOL_VERSION = 1
 CONTROL_BYTES = 64
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 32 << 20
 MAX_HEADER_BYTES = 64 << 20  # some 700,000 tensors in one bucket
 _MAGIC = b"TWKL"
 _CONTROL = struct.Struct("<4sBB2xIQQ16s20x")
