@@ -27,7 +27,10 @@ class Server:
 
     def __init__(self) -> None:
         config = {"weight_transfer_config": {"backend": "twinkle"}}
-        self.answers: dict[str, tuple[int, object]] = {"/server_info": (200, {"vllm_config": config})}
+        self.answers: dict[str, tuple[int, object]] = {
+            "/server_info": (200, {"vllm_config": config}),
+            "/weight_info": (200, {"weight_version": "default"}),
+        }
         self.asked: list[tuple[str, str, bytes, str]] = []
         self.hang = threading.Event()
         outer = self
@@ -95,6 +98,7 @@ def test_calls_are_vllms_routes_each_signed_over_what_it_asks(server: Server, ro
         auth.check_request(TOKEN, signature, method, target, body)
     assert [target for _, target, _, _ in server.asked] == [
         "/get_world_size",
+        "/weight_info",
         "/server_info?config_format=json",
         "/init_weight_transfer_engine",
         "/start_weight_update",
@@ -144,7 +148,14 @@ def test_a_server_without_the_backend_is_never_asked_to_join(
     server.answers["/server_info"] = (200, {"vllm_config": config})
     with pytest.raises(RolloutError, match="backend 'twinkle'.*--weight-transfer-config"):
         rollout.join({})
-    assert [target for _, target, _, _ in server.asked] == ["/server_info?config_format=json"]
+    assert [target for _, target, _, _ in server.asked] == ["/weight_info", "/server_info?config_format=json"]
+
+
+def test_a_server_too_old_for_versions_is_never_asked_to_join(server: Server, rollout: HTTPRollout) -> None:
+    server.answers["/weight_info"] = (404, {"detail": "Not Found"})
+    with pytest.raises(RolloutError, match="no route /weight_info.*too old"):
+        rollout.join({})
+    assert [target for _, target, _, _ in server.asked] == ["/weight_info"]
 
 
 @pytest.mark.parametrize("answer", [b"<html>It works!</html>", {"hello": "world"}, [1], b"null"])

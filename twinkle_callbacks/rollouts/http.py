@@ -47,6 +47,7 @@ class HTTPRollout(Rollout):
 
     def join(self, request: dict[str, Any]) -> None:
         # Without the backend every worker of a tensor-parallel server would raise, which shifts their later replies.
+        self.version()  # an older vLLM has no versions, and would refuse only in the middle of a push
         backend = backend_of(self.config())
         if backend != BACKEND:
             raise self._lacks_backend(f"its backend is {backend!r}")
@@ -139,8 +140,8 @@ class HTTPRollout(Rollout):
             return AuthenticationError(f"{self.name}{path}: {text}")
         if response.status_code == httpx.codes.NOT_FOUND:
             return RolloutError(
-                f"{self.name} has no route {path}: its RL routes are off; start it with VLLM_SERVER_DEV_MODE=1, "
-                f"or with: twinkle-callbacks serve MODEL"
+                f"{self.name} has no route {path}: its RL routes are off, or its vLLM is too old (0.32 has all); "
+                f"start it with VLLM_SERVER_DEV_MODE=1, or with: twinkle-callbacks serve MODEL"
             )
         if path == "/init_weight_transfer_engine" and ("not configured" in text or "Invalid init_info" in text):
             return self._lacks_backend(text)

@@ -34,6 +34,7 @@ class LocalRollout(Rollout):
         self.name = "local"
         self.host = "127.0.0.1"
         self.llm = llm
+        self._version = "default"
 
     def world_size(self) -> int:
         return int(self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp)
@@ -63,10 +64,12 @@ class LocalRollout(Rollout):
         self._call("reset_mm_cache")
 
     def set_version(self, version: int) -> None:
-        self._call("update_weight_version", str(version))
+        self._version = str(version)
+        if hasattr(self.llm, "update_weight_version"):  # vLLM 0.26 has no versions in its offline engine
+            self._call("update_weight_version", self._version)
 
     def version(self) -> str:
-        return str(self._call("get_weight_version"))
+        return str(self._call("get_weight_version")) if hasattr(self.llm, "get_weight_version") else self._version
 
     def leave(self) -> None:
         try:

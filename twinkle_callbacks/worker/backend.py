@@ -219,6 +219,15 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._engine is not None:
             _post(self._engine, f"committed-{self._push}", committed)
 
+    @staticmethod
+    def trainer_send_weights(*_: Any, **__: Any) -> None:
+        """Stands in for the sender that vLLM 0.26 asks every backend for; ours is `WeightSynchronizer`.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError("this backend receives only; send with twinkle_callbacks.WeightSynchronizer")
+
     def shutdown(self) -> None:
         """Leaves the engine's group without waiting for it; the model stays as it is."""
         engine, self._engine = self._engine, None
