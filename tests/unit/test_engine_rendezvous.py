@@ -123,6 +123,14 @@ def test_receiver_beyond_the_masters_world_learns_that_the_worlds_differ(host: R
     error_matches(error, "world_size")
 
 
+def test_receiver_that_comes_after_the_master_gave_up_still_learns_why(host: Rendezvous) -> None:
+    stray(host).set(f"{host.metadata.session}/hello/1", "from a stranger")
+    assert isinstance(together(admitting(host, 2))[0], errors.EngineError)
+    host.close()
+    error = together(lambda: guest(host).enter(1, 2, BUCKET))[0]
+    error_matches(error, "malformed hello|is taken")
+
+
 def test_rank_that_is_taken_is_an_engine_error_naming_it(short_host: Rendezvous) -> None:
     first, second = guest(short_host), guest(short_host)
     results = together(admitting(short_host, 3), entering(first, 1, 3), entering(second, 1, 3))

@@ -12,6 +12,7 @@ Without the token nobody can read or replace the data group's addresses. Values 
 from __future__ import annotations
 
 import socket
+import threading
 import uuid
 from collections.abc import Iterable
 from datetime import timedelta
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
 MAC_BYTES = 32
+LINGER_S = 5.0
 
 
 class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +87,7 @@ class Rendezvous:
         self._timeout_s = timeout_s
         self._key = b""
         self._rank = 0
+        self._turned_away = False
 
     @classmethod
     def host_session(cls, host: str, engine: str, token: str, timeout_s: float) -> Rendezvous:
@@ -129,8 +132,15 @@ class Rendezvous:
         return self._opened
 
     def close(self) -> None:
-        """Leaves the session; on the master also ends it and lets go of the port. Idempotent."""
-        self._opened = None
+        """Leaves the session; on the master also ends it and lets go of the port. Idempotent.
+
+        A master that turned its receivers away stays reachable for a few seconds, so that late ones learn why.
+        """
+        store, self._opened = self._opened, None
+        if store is not None and self._turned_away:
+            lingering = threading.Timer(LINGER_S, _let_go, [store])
+            lingering.daemon = True
+            lingering.start()
 
     def group_store(self) -> Store:
         """Where the data group's ranks exchange their addresses: open to ranks with the token alone."""
@@ -147,6 +157,7 @@ class Rendezvous:
             for rank, value in enumerate(values, start=1):
                 nonces.append(self._check_hello(rank, value, nonces[0], world_size, bucket_size))
         except TwinkleError as error:
+            self._turned_away = True
             self._set("welcome", msgspec.msgpack.encode(Welcome([], b"", Failure.of(error))))
             raise
         self._key = b"".join(nonces)
@@ -261,6 +272,10 @@ class Rendezvous:
                 raise EngineError(f"the master at {self.metadata.host} is gone: {_text(error)}") from error
             who = ", ".join(f"rank {key.rsplit('/', 1)[1]}" if "/" in key else "the master" for key in missing)
             raise DeadlineError(f"{who or 'a rank'} did not {doing} within {self._timeout_s:g} s") from error
+
+
+def _let_go(store: TCPStore) -> None:
+    """The last reference goes with the argument."""
 
 
 def _other_token(who: str) -> str:
