@@ -58,7 +58,10 @@ def entering(side: Rendezvous, rank: int, world_size: int, bucket_size: int = BU
 def stray(host: Rendezvous) -> TCPStore:
     """A client that knows where the store is, and nothing else."""
     metadata = host.metadata
-    return TCPStore(metadata.host, metadata.port, None, False, timedelta(seconds=SHORT_S), wait_for_workers=False)
+    patience = timedelta(seconds=TIMEOUT_S)  # to connect on a busy machine
+    store = TCPStore(metadata.host, metadata.port, None, False, patience, wait_for_workers=False)
+    store.set_timeout(timedelta(seconds=SHORT_S))
+    return store
 
 
 def test_ranks_with_the_token_share_a_store_and_messages(host: Rendezvous) -> None:
