@@ -29,6 +29,7 @@ from twinkle_callbacks.errors import (
     EngineError,
     TwinkleError,
     from_wire,
+    text_of,
 )
 
 if TYPE_CHECKING:
@@ -287,4 +288,4 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _text(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)
+    return text_of(error).splitlines()[0]

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from twinkle_callbacks.buckets.layout import TensorSpec
+from twinkle_callbacks.buckets.packing import dtype_name
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.base import WeightSource
-from twinkle_callbacks.sources.dtypes import dtype_name, sent_as
+from twinkle_callbacks.sources.dtypes import sent_as
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -11,8 +11,3 @@ _CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat
 def sent_as(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Returns the dtype that a tensor of `dtype` is cast to where `wanted` is the source's; None casts nothing."""
     return dtype if wanted is None or dtype not in _CASTABLE else wanted
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Torch's name of a dtype, such as `bfloat16`."""
-    return str(dtype).removeprefix("torch.")

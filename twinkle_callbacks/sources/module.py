@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from twinkle_callbacks.buckets.layout import TensorSpec
+from twinkle_callbacks.buckets.packing import dtype_name
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.base import WeightSource
 from twinkle_callbacks.sources.conversions import plan_conversions
-from twinkle_callbacks.sources.dtypes import dtype_name, sent_as
+from twinkle_callbacks.sources.dtypes import sent_as
 from twinkle_callbacks.sources.names import checkpoint_tensors, loaded, select
 from twinkle_callbacks.sources.refusals import (
     refuse_adapters,
