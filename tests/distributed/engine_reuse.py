@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from benchmarks.common import peak_memory, reset_peak_memory
 from tests.distributed.engine_contract import KIB, MIB, Rank, Scenarios, expect, outcome_of, pause, receive, send
 from tests.unit.engine_streams import picture
 from twinkle_callbacks import errors
+from twinkle_callbacks.engines import CheckpointEngine
 
 scenario = Scenarios()
 WARM_SYNCS, SYNCS = 20, 200
@@ -93,40 +94,43 @@ def extra_memory_is_two_buckets_and_the_largest_tensor(rank: Rank) -> None:
     assert extra < allowed, f"{extra:.0f} MiB more at the peak, {allowed:.0f} are allowed"
 
 
-@scenario
-def groups_made_and_left_again_leave_nothing_behind(rank: Rank) -> None:
-    stream = rank.stream([100, 90 * KIB, 2 * MIB])
-    engine = rank.engine()
+def assert_groups_leave_nothing(rank: Rank, engine: CheckpointEngine, use: Callable[[], None]) -> None:
+    """Many groups, one after another, each used and left, take no more than a few."""
     before = None
     for group in range(GROUPS):
         rank.join(engine=engine, group=f"group/{group}")
-        if rank.is_master:
-            send(engine, stream)
-        else:
-            assert picture(receive(engine)) == picture(stream)
+        use()
         engine.finalize()
         rank.meet(f"left/{group}")
         if group + 1 == WARM_GROUPS:
             before = Usage.now()
     assert before is not None
     before.assert_flat(settled(before))
+
+
+@scenario
+def groups_made_and_left_again_leave_nothing_behind(rank: Rank) -> None:
+    stream = rank.stream([100, 90 * KIB, 2 * MIB])
+    engine = rank.engine()
+
+    def carry() -> None:
+        if rank.is_master:
+            send(engine, stream)
+        else:
+            assert picture(receive(engine)) == picture(stream)
+
+    assert_groups_leave_nothing(rank, engine, carry)
 
 
 @scenario
 def groups_that_failed_leave_nothing_behind(rank: Rank) -> None:
     engine = rank.engine()
-    before = None
-    for group in range(GROUPS):
-        rank.join(engine=engine, group=f"group/{group}")
+
+    def fail() -> None:
         outcome = outcome_of(lambda: send(engine, [("a", None)]) if rank.is_master else receive(engine))
         expect(outcome, errors.SourceError, "'a'")
-        del outcome
-        engine.finalize()
-        rank.meet(f"left/{group}")
-        if group + 1 == WARM_GROUPS:
-            before = Usage.now()
-    assert before is not None
-    before.assert_flat(settled(before))
+
+    assert_groups_leave_nothing(rank, engine, fail)
 
 
 @scenario
