@@ -138,7 +138,9 @@ def _parallelize(policy: nn.Module, mesh: Any) -> None:
         if not isinstance(module, nn.Linear):
             continue
         parts = path.split(".")
-        style: Any = ColwiseParallel if set(parts) & set(COLWISE) else RowwiseParallel if set(parts) & set(ROWWISE) else None
+        style: Any = (
+            ColwiseParallel if set(parts) & set(COLWISE) else RowwiseParallel if set(parts) & set(ROWWISE) else None
+        )
         replicated = ("lora_A",) if style is ColwiseParallel else ("lora_B",)
         if style is not None and not set(parts) & set(replicated):
             plan[path] = style()
@@ -257,13 +259,17 @@ class _Zero(Trained):
         return full
 
     def held(self) -> Tensors:
-        parts = {f"part of {name}": p.ds_tensor.detach() for name, p in self.policy.named_parameters() if hasattr(p, "ds_id")}
+        parts = {
+            f"part of {name}": p.ds_tensor.detach() for name, p in self.policy.named_parameters() if hasattr(p, "ds_id")
+        }
         return parts | super().held()
 
     def optimizer_state(self) -> Tensors:
         zero = self.model.optimizer
         masters = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
-        return super().optimizer_state() | {f"master {number}": master.detach() for number, master in enumerate(masters)}
+        return super().optimizer_state() | {
+            f"master {number}": master.detach() for number, master in enumerate(masters)
+        }
 
 
 def zero(policy: nn.Module, *, stage: int) -> Trained:
