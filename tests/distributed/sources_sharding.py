@@ -127,23 +127,21 @@ def _fully_sharded(policy: nn.Module, mesh: Any) -> Trained:
     return Trained(policy, policy)
 
 
-COLWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-ROWWISE = ("o_proj", "down_proj")
+COLWISE = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+ROWWISE = {"o_proj", "down_proj"}
 
 
 def _parallelize(policy: nn.Module, mesh: Any) -> None:
-    """Attention and MLP, as transformers' own plans have it; a LoRA layer's second matrix like the layer itself."""
+    """Attention and MLP, as transformers' own plans have it; LoRA's matrices where the layer they adapt is cut."""
     plan: dict[str, Any] = {}
     for path, module in policy.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        parts = path.split(".")
-        style: Any = (
-            ColwiseParallel if set(parts) & set(COLWISE) else RowwiseParallel if set(parts) & set(ROWWISE) else None
-        )
-        replicated = ("lora_A",) if style is ColwiseParallel else ("lora_B",)
-        if style is not None and not set(parts) & set(replicated):
-            plan[path] = style()
+        parts = set(path.split("."))
+        if parts & COLWISE and "lora_A" not in parts:
+            plan[path] = ColwiseParallel()
+        elif parts & ROWWISE and "lora_B" not in parts:
+            plan[path] = RowwiseParallel()
     parallelize_module(policy, mesh, plan)
     weights = [policy.get_submodule(path).weight for path in plan]
     assert weights, "the plan fits nothing"
