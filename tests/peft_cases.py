@@ -49,7 +49,9 @@ def wrap(base: nn.Module, config: Any, **options: Any) -> Any:
 
 
 def base(kind: str, dtype: torch.dtype, **config: Any) -> Any:
-    """A tiny model to wrap; those of qwen3 have biases."""
+    """A tiny model to wrap; those of qwen3 have biases, and `qwen3_1` one layer."""
+    if kind == "qwen3_1":
+        kind, config = "qwen3", {"num_hidden_layers": 1, **config}
     if kind == "qwen3":
         config = {"attention_bias": True, **config}
     return build(kind, **config).to(dtype)
@@ -121,40 +123,40 @@ LORA_CASES: dict[str, Builder] = {
 """Kinds of LoRA and what it comes with."""
 
 OTHER_CASES: dict[str, Builder] = {
-    "adalora": _on("qwen3", "AdaLoraConfig", init_r=8, target_r=4, total_step=10, target_modules=LINEAR),
-    "adamss": _on("qwen3", "AdamssConfig", r=8, num_subspaces=2, subspace_rank=1, target_modules=ATTENTION),
-    "beft": _on("qwen3", "BeftConfig", target_modules=["v_proj"]),
-    "boft": _on("qwen3", "BOFTConfig", boft_block_size=4, target_modules=LINEAR),
-    "c3a": _on("qwen3", "C3AConfig", block_size=16, target_modules=LINEAR),
-    "deft": _on("qwen3", "DeftConfig", r=4, target_modules=LINEAR),
-    "delora": _on("qwen3", "DeloraConfig", r=4, target_modules=LINEAR),
-    "fourierft": _on("qwen3", "FourierFTConfig", n_frequency=20, target_modules=LINEAR),
-    "frod": _on("qwen3", "FrodConfig", target_modules=["q_proj"], progressbar=False),
-    "glora": _on("qwen3", "GloraConfig", r=4, target_modules=LINEAR),
-    "gralora": _on("qwen3", "GraloraConfig", r=8, target_modules=LINEAR),
-    "hira": _on("qwen3", "HiraConfig", r=4, target_modules=LINEAR),
-    "hra": _on("qwen3", "HRAConfig", r=4, target_modules=LINEAR),
-    "ia3": _on("qwen3", "IA3Config", target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]),
-    "ln_tuning": _on("qwen3", "LNTuningConfig", target_modules=["input_layernorm", "model.norm"]),
-    "loha": _on("qwen3", "LoHaConfig", r=4, target_modules=LINEAR),
-    "lokr": _on("qwen3", "LoKrConfig", r=4, target_modules=LINEAR),
-    "miss": _on("qwen3", "MissConfig", r=8, target_modules=LINEAR),
-    "miss_bat": _on("qwen3", "MissConfig", r=8, init_weights="bat", target_modules=ATTENTION),
-    "oft": _on("qwen3", "OFTConfig", oft_block_size=8, target_modules=LINEAR),
-    "osf": _on("qwen3", "OSFConfig", effective_rank=8, target_modules=ATTENTION),
-    "peanut": _on("qwen3", "PeanutConfig", r=4, target_modules=LINEAR),
-    "psoft": _on("qwen3", "PsoftConfig", r=4, target_modules=ATTENTION),
-    "pvera": _on("qwen3", "PveraConfig", r=8, target_modules=ATTENTION),
-    "randlora": _on("qwen3", "RandLoraConfig", r=16, target_modules=ATTENTION),
-    "road": _on("qwen3", "RoadConfig", group_size=32, target_modules=LINEAR),
-    "shira": _on("qwen3", "ShiraConfig", r=4, random_seed=1, target_modules=LINEAR),
-    "supertuning": _on("qwen3", "SupertuningConfig", r=4, target_modules=ATTENTION),
-    "tinylora": _on("qwen3", "TinyLoraConfig", u=4, target_modules=LINEAR),
-    "token_layer": _on("qwen3", "TrainableTokensConfig", token_indices=[1, 5], target_modules=["embed_tokens"]),
-    "unilora": _on("qwen3", "UniLoraConfig", r=4, theta_d_length=64, target_modules=ATTENTION),
-    "vblora": _on("qwen3", "VBLoRAConfig", r=4, num_vectors=16, vector_length=32, target_modules=ATTENTION),
-    "vera": _on("qwen3", "VeraConfig", r=16, target_modules=ATTENTION),
-    "waveft": _on("qwen3", "WaveFTConfig", n_frequency=20, target_modules=LINEAR),
+    "adalora": _on("qwen3_1", "AdaLoraConfig", init_r=8, target_r=4, total_step=10, target_modules=LINEAR),
+    "adamss": _on("qwen3_1", "AdamssConfig", r=8, num_subspaces=2, subspace_rank=1, target_modules=ATTENTION),
+    "beft": _on("qwen3_1", "BeftConfig", target_modules=["v_proj"]),
+    "boft": _on("qwen3_1", "BOFTConfig", boft_block_size=4, target_modules=LINEAR),
+    "c3a": _on("qwen3_1", "C3AConfig", block_size=16, target_modules=LINEAR),
+    "deft": _on("qwen3_1", "DeftConfig", r=4, target_modules=LINEAR),
+    "delora": _on("qwen3_1", "DeloraConfig", r=4, target_modules=LINEAR),
+    "fourierft": _on("qwen3_1", "FourierFTConfig", n_frequency=20, target_modules=LINEAR),
+    "frod": _on("qwen3_1", "FrodConfig", target_modules=["q_proj"], progressbar=False),
+    "glora": _on("qwen3_1", "GloraConfig", r=4, target_modules=LINEAR),
+    "gralora": _on("qwen3_1", "GraloraConfig", r=8, target_modules=LINEAR),
+    "hira": _on("qwen3_1", "HiraConfig", r=4, target_modules=LINEAR),
+    "hra": _on("qwen3_1", "HRAConfig", r=4, target_modules=LINEAR),
+    "ia3": _on("qwen3_1", "IA3Config", target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]),
+    "ln_tuning": _on("qwen3_1", "LNTuningConfig", target_modules=["input_layernorm", "model.norm"]),
+    "loha": _on("qwen3_1", "LoHaConfig", r=4, target_modules=LINEAR),
+    "lokr": _on("qwen3_1", "LoKrConfig", r=4, target_modules=LINEAR),
+    "miss": _on("qwen3_1", "MissConfig", r=8, target_modules=LINEAR),
+    "miss_bat": _on("qwen3_1", "MissConfig", r=8, init_weights="bat", target_modules=ATTENTION),
+    "oft": _on("qwen3_1", "OFTConfig", oft_block_size=8, target_modules=LINEAR),
+    "osf": _on("qwen3_1", "OSFConfig", effective_rank=8, target_modules=ATTENTION),
+    "peanut": _on("qwen3_1", "PeanutConfig", r=4, target_modules=LINEAR),
+    "psoft": _on("qwen3_1", "PsoftConfig", r=4, target_modules=ATTENTION),
+    "pvera": _on("qwen3_1", "PveraConfig", r=8, target_modules=ATTENTION),
+    "randlora": _on("qwen3_1", "RandLoraConfig", r=16, target_modules=ATTENTION),
+    "road": _on("qwen3_1", "RoadConfig", group_size=32, target_modules=LINEAR),
+    "shira": _on("qwen3_1", "ShiraConfig", r=4, random_seed=1, target_modules=LINEAR),
+    "supertuning": _on("qwen3_1", "SupertuningConfig", r=4, target_modules=ATTENTION),
+    "tinylora": _on("qwen3_1", "TinyLoraConfig", u=4, target_modules=LINEAR),
+    "token_layer": _on("qwen3_1", "TrainableTokensConfig", token_indices=[1, 5], target_modules=["embed_tokens"]),
+    "unilora": _on("qwen3_1", "UniLoraConfig", r=4, theta_d_length=64, target_modules=ATTENTION),
+    "vblora": _on("qwen3_1", "VBLoRAConfig", r=4, num_vectors=16, vector_length=32, target_modules=ATTENTION),
+    "vera": _on("qwen3_1", "VeraConfig", r=16, target_modules=ATTENTION),
+    "waveft": _on("qwen3_1", "WaveFTConfig", n_frequency=20, target_modules=LINEAR),
 }
 """Every other way of PEFT that can be merged."""
 
