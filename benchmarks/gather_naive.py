@@ -48,12 +48,16 @@ def _at_once(policy: Policy, state: dict[str, torch.Tensor]) -> Iterator[tuple[s
 
 
 def _checkpoint(policy: Policy, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    state = {name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in state.items()}
+    state = {_unwrapped(name): tensor for name, tensor in state.items()}
     if policy.is_adapter:
         # What `get_peft_model_state_dict` does to names; calling it for one tensor at a time walks the whole model.
         return {name.replace(".default", ""): tensor for name, tensor in state.items() if "lora_" in name}
     state.pop("lm_head.weight", None)  # tied
     return revert_weight_conversion(policy.twin, state)
+
+
+def _unwrapped(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "_fsdp_wrapped_module")
 
 
 # DTensors: FSDP2, tensor parallelism
@@ -103,7 +107,8 @@ def _fsdp1(policy: Policy, model: Any) -> dict[str, Way]:
             yield from _at_once(policy, state)
 
     def by_unit() -> Iterator[tuple[str, torch.Tensor]]:
-        units = [(path, module) for path, module in model.named_modules() if isinstance(module, fsdp)]
+        # While they are summoned, FSDP1 names parameters without its wrappers.
+        units = [(_unwrapped(path), module) for path, module in model.named_modules() if isinstance(module, fsdp)]
         for path, unit in units:
             prefix = f"{path}." if path else ""
             inside = tuple(f"{other}." for other, _ in units if other.startswith(prefix) and other != path)
