@@ -87,7 +87,9 @@ def snapshot(model: nn.Module) -> list[Any]:
     state += [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
     for path, module in model.named_modules():
         if is_part(module):
-            notes = {name: repr(value) for name, value in vars(module).items() if type(value) in (list, dict, set, bool)}
+            notes = {
+                name: repr(value) for name, value in vars(module).items() if type(value) in (list, dict, set, bool)
+            }
             state.append((path, notes | {"_modules": "", "_parameters": "", "_buffers": ""}))
     return state
 
@@ -156,7 +158,7 @@ def test_disabled_adapters_leave_the_base_model() -> None:
         base = copy.deepcopy(model).unload().state_dict()
         model.base_model.disable_adapter_layers()
         check_mergeable(model)
-        original = {name: tensor for name, tensor in base.items()}
+        original = dict(base)
         if case == "modules_to_save":  # unload() keeps its trained copy, which a disabled adapter does not use
             original = cases.base("qwen3", torch.float32).state_dict()
         assert_equal(streamed(units_of(model)), original)
@@ -192,9 +194,7 @@ def test_attention_of_torch() -> None:
 def test_convolutions() -> None:
     layers = nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv2d(6, 8, 3))
     for settings in ({}, {"use_dora": True}):
-        model = cases.wrap(
-            copy.deepcopy(layers), peft.LoraConfig(r=4, target_modules=["0", "1"], **settings)
-        )
+        model = cases.wrap(copy.deepcopy(layers), peft.LoraConfig(r=4, target_modules=["0", "1"], **settings))
         check_mergeable(model)
         assert_equal(streamed(units_of(model)), expected(model))
 

@@ -40,16 +40,19 @@ def check_mergeable(module: nn.Module) -> None:
     parts = [(path, child) for path, child in _leaves(module, "") if is_part(child)]
     _check_states(parts)
     for path, part in parts:
-        if stand_in(part) is None:
-            for layer in chain(tuner_layer(part)):
-                _check_layer(path, layer)
+        for layer in chain(tuner_layer(part)):
+            if isinstance(layer, loaded("peft.tuners.tuners_utils", "BaseTunerLayer")) and active_adapters(layer):
+                _check_merge(path, layer)
+                _check_adapters(path, layer)
     _check_ties(module)
 
 
 def _configs(module: nn.Module) -> dict[str, Any]:
     """The configurations of the adapters that are active in a `PeftModel` or tuner, none for other modules."""
     holders = loaded("peft.peft_model", "PeftModel") + loaded("peft.mixed_model", "PeftMixedModel")
-    tuners = loaded("peft.tuners.tuners_utils", "BaseTuner") + loaded("peft.tuners.adaption_prompt", "AdaptionPromptModel")
+    tuners = loaded("peft.tuners.tuners_utils", "BaseTuner") + loaded(
+        "peft.tuners.adaption_prompt", "AdaptionPromptModel"
+    )
     if not isinstance(module, holders + tuners):
         return {}
     holder: Any = module
@@ -68,7 +71,8 @@ def _check_kind(name: str, config: Any) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning:
         raise SourceError(
-            f"adapter {name!r} is {kind}, which trains a prompt and no weights, so there is nothing to merge; {_INSTEAD}"
+            f"adapter {name!r} is {kind}, which trains a prompt and no weights, so there is nothing to merge; "
+            f"{_INSTEAD}"
         )
     if kind in _INPUT_DEPENDENT:
         raise SourceError(
@@ -100,7 +104,8 @@ def _check_states(parts: list[tuple[str, nn.Module]]) -> None:
                     f"unmerge_adapter() before training starts: adapters are merged on the way to the rollouts"
                 )
             known.update(layer._get_available_adapters())
-            wanted.update(dict.fromkeys(layer.active_adapters, path))
+            for name in layer.active_adapters:
+                wanted.setdefault(name, path)
             disabled.setdefault(bool(layer.disable_adapters), path)
     if len(disabled) == 2:
         raise SourceError(
@@ -115,36 +120,35 @@ def _check_states(parts: list[tuple[str, nn.Module]]) -> None:
             )
 
 
-def _check_layer(path: str, layer: Any) -> None:
-    """Checks one tuner layer with an active adapter."""
-    base_class = loaded("peft.tuners.tuners_utils", "BaseTunerLayer")[0]
+def _check_merge(path: str, layer: Any) -> None:
+    """Checks that PEFT has a merge for a tuner layer."""
     base: Any = base_of(layer)
-    active = active_adapters(layer)
-    if type(layer).merge is base_class.merge:
+    if type(layer).merge is loaded("peft.tuners.tuners_utils", "BaseTunerLayer")[0].merge:
         raise SourceError(
-            f"{path}: PEFT has no merge for its {type(layer).__name__} on a {type(base).__name__}; {_INSTEAD}, on a base "
-            f"that is not quantized or quantized by bitsandbytes"
+            f"{path}: PEFT has no merge for its {type(layer).__name__} on a {type(base).__name__}; {_INSTEAD}, on a "
+            f"base that is not quantized or quantized by bitsandbytes"
         )
-    for name in active:
-        variant = getattr(layer, "lora_variant", {}).get(name)
-        for cls in variant.__mro__ if isinstance(variant, type) else type(variant).__mro__:
-            if cls.__name__ in _UNMERGEABLE_VARIANTS:
-                raise SourceError(
-                    f"{path}: adapter {name!r} is {_UNMERGEABLE_VARIANTS[cls.__name__]}, which PEFT cannot merge; "
-                    f"{_INSTEAD}"
-                )
-        needs_bias = getattr(layer, "lora_bias", {}).get(name) or isinstance(
-            layer, loaded("peft.tuners.beft.layer", "BeftLayer")
-        )
-        if needs_bias and getattr(base, "bias", None) is None:
-            raise SourceError(
-                f"{path}: adapter {name!r} trains a bias, but the {type(base).__name__} there has none to merge it into; "
-                f"leave it out of target_modules, or train without a bias"
-            )
-    if len(active) > 1 and isinstance(layer, loaded("peft.tuners.ln_tuning.layer", "LNTuningLayer")):
-        raise SourceError(f"{path}: only one adapter of LN tuning can be active, not {', '.join(active)}; set one")
     if getattr(base, "groups", 1) > 1 and isinstance(layer, loaded("peft.tuners.lora.layer", "_ConvNd")):
         raise SourceError(f"{path}: PEFT cannot merge LoRA into a convolution with groups={base.groups}; leave it out")
+    for name in active_adapters(layer):
+        variant = type(getattr(layer, "lora_variant", {}).get(name)).__name__
+        if variant in _UNMERGEABLE_VARIANTS:
+            raise SourceError(
+                f"{path}: adapter {name!r} is {_UNMERGEABLE_VARIANTS[variant]}, which PEFT cannot merge; {_INSTEAD}"
+            )
+        beft = isinstance(layer, loaded("peft.tuners.beft.layer", "BeftLayer"))
+        if (beft or getattr(layer, "lora_bias", {}).get(name)) and getattr(base, "bias", None) is None:
+            raise SourceError(
+                f"{path}: adapter {name!r} trains a bias, but the {type(base).__name__} there has none to merge it "
+                f"into; leave it out of target_modules, or train without a bias"
+            )
+
+
+def _check_adapters(path: str, layer: Any) -> None:
+    """Checks that the active adapters of a tuner layer can be so together."""
+    active = active_adapters(layer)
+    if len(active) > 1 and isinstance(layer, loaded("peft.tuners.ln_tuning.layer", "LNTuningLayer")):
+        raise SourceError(f"{path}: only one adapter of LN tuning can be active, not {', '.join(active)}; set one")
     if isinstance(layer, loaded("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer")):
         try:
             layer._check_overlapping_tokens(active)
@@ -166,7 +170,7 @@ def _check_ties(module: nn.Module) -> None:
     for path, child in _leaves(module, ""):
         if is_part(child):
             what, treatment = _treatment(child)
-            held = canonical_parameters(_own_module(child), path)
+            held = _parameters(_own_module(child), path)
         else:
             what, treatment = "nothing", None
             held = ((f"{path}.{name}", tensor) for name, tensor in child._parameters.items() if tensor is not None)
@@ -181,7 +185,7 @@ def _check_ties(module: nn.Module) -> None:
             )
 
 
-def canonical_parameters(module: nn.Module, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _parameters(module: nn.Module, path: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Canonical names and parameters of a module at `path`."""
     for name, parameter in module.named_parameters():
         yield canonical(f"{path}.{name}"), parameter
@@ -208,7 +212,7 @@ def _treatment(part: Any) -> tuple[str, object]:
     kind = f"{type(layer).__name__} ({', '.join(active_adapters(layer))})"
     base = {id(parameter) for parameter in own.parameters()}
     adapter = [parameter for parameter in layer.parameters() if id(parameter) not in base]
-    pieces = (torch.nn.parameter.UninitializedParameter, *loaded("torch.distributed.tensor", "DTensor"))
-    if any(isinstance(parameter, pieces) or not parameter.numel() for parameter in adapter):
+    dtensor = loaded("torch.distributed.tensor", "DTensor")
+    if any(isinstance(parameter, dtensor) or not parameter.numel() for parameter in adapter):
         return kind, id(layer)  # sharded, and then trained apart even where `ensure_weight_tying` tied them
     return kind, frozenset(parameter.data_ptr() for parameter in adapter)
