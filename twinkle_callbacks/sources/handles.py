@@ -1,8 +1,8 @@
 """Who holds which part of a tensor: one description for every way of sharding.
 
-A full tensor is cut into blocks, at most one for each rank. FSDP2 and tensor parallelism (`DTensor`) cut boxes out of the
-tensor; FSDP1 and ZeRO-3 cut ranges out of its flattened elements, which are boxes in one dimension. `handle_of` makes
-the description from what a module holds, locally; `gather.py` carries it out.
+A full tensor is cut into blocks, at most one for each rank. FSDP2 and tensor parallelism (`DTensor`) cut boxes out of
+the tensor; FSDP1 and ZeRO-3 cut ranges out of its flattened elements, which are boxes in one dimension. `holdings.py`
+finds the handles of a module's tensors, locally; `gather.py` brings the blocks together.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Handle:
     Attributes:
         dtype: as it is held.
         shape: of the full tensor.
-        local: returns what this rank holds of it now, detached: its block, or the full tensor where there are no blocks.
-            Called only on ranks that hold something.
+        local: returns what this rank holds of it now, detached: its block, or the full tensor where nothing is sharded.
+            Called only on ranks that send something.
         blocks: what each global rank sends, seen in a tensor of shape `grid`; empty where rank 0 has the full tensor.
             A rank that holds a copy of what another sends is not in it. On ranks that take no part, it may lack the
             others' blocks.
@@ -87,8 +87,8 @@ def sharded(
     held = sum(block.numel for block in blocks.values())
     if held != math.prod(shape):
         raise SourceError(
-            f"{name!r}: ranks {sorted(blocks)} hold {held} of its {math.prod(shape)} elements, so no rank owns the rest; "
-            f"shard it over ranks that include rank {LEADER}, and see that no rank freed its part"
+            f"{name!r}: ranks {sorted(blocks)} hold {held} of its {math.prod(shape)} elements, so no rank owns the "
+            f"rest; shard it over ranks that include rank {LEADER}, and see that no rank freed its part"
         )
     return Handle(dtype, shape, local, blocks, grid, is_sharded=True)
 

@@ -50,3 +50,15 @@ class Unit(NamedTuple):
     outputs: tuple[Output, ...]
     needs: tuple[Wanted, ...]
     build: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = _as_they_are
+
+    def only(self, kept: Sequence[int]) -> Unit:
+        """The same unit without the outputs whose positions are not in `kept`."""
+        if len(kept) == len(self.outputs):
+            return self
+        build = self.build
+        outputs = tuple(self.outputs[position] for position in kept)
+        return Unit(outputs, self.needs, lambda tensors: _at(build(tensors), kept))
+
+
+def _at(tensors: Sequence[torch.Tensor], kept: Sequence[int]) -> list[torch.Tensor]:
+    return [tensors[position] for position in kept]
