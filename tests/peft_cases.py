@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
 from tests.tiny_models import build
@@ -114,6 +115,11 @@ LORA_CASES: dict[str, Builder] = {
     "embedding_dora": _lora(target_modules=["embed_tokens", "q_proj"], use_dora=True),
     "patterns": _lora(rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 64}),
     "pissa": _lora(init_lora_weights="pissa"),
+    "mica": _lora(init_lora_weights="mica"),
+    "kasa": _lora(kasa_config=KasaConfig()),
+    "monteclora": _lora(monteclora_config=MontecloraConfig()),
+    "velora": _lora(velora_config=VeloraConfig(num_groups=8)),
+    "bdlora": _lora(use_bdlora=BdLoraConfig(target_modules_bd_a=ATTENTION, target_modules_bd_b=["up_proj"], nblocks=2)),
     "gpt2": _lora("gpt2", **GPT2),
     "gpt2_dora": _lora("gpt2", **GPT2, use_dora=True),
     "moe_experts": _lora("qwen3_moe", target_modules=["q_proj"], target_parameters=EXPERTS),

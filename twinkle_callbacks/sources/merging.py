@@ -22,7 +22,7 @@ from torch import nn
 
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.handles import Handle
-from twinkle_callbacks.sources.names import canonical, loaded
+from twinkle_callbacks.sources.names import canonical, loaded, unwrap
 from twinkle_callbacks.sources.units import Output, Sent, Unit, Wanted
 
 
@@ -32,6 +32,19 @@ class Holdings(Protocol):
     def tensors(self, module: nn.Module) -> Iterator[tuple[str, Handle]]:
         """Yields name and handle of the parameters and buffers of exactly this module, tied ones with one handle."""
         ...
+
+
+def peft_model(root: nn.Module, policy: nn.Module) -> nn.Module | None:
+    """The `PeftModel` around `policy` in the tree of `root`, if there is one."""
+    holders = loaded("peft.peft_model", "PeftModel") + loaded("peft.mixed_model", "PeftMixedModel")
+    for module in root.modules():
+        if isinstance(module, holders):
+            holder: Any = module
+            base = holder.get_base_model() if hasattr(holder, "get_base_model") else holder.base_model.model
+            if policy in (holder, unwrap(holder), unwrap(base)):
+                found: nn.Module = holder
+                return found
+    return None
 
 
 def is_part(module: nn.Module) -> bool:
@@ -74,33 +87,26 @@ def merged(path: str, module: nn.Module, held: Holdings, sent: Sent) -> Unit:
         sent: the dtype of each output.
     """
     layer = tuner_layer(module)
-    plan = _Plan(layer, held)
-    copied = {place.position for _, place in plan.outputs} if _writes_in_place(layer) else set()
+    slots = Slots(layer, held)
+    places = dict(_places(layer, slots))
+    copied = {place.position for place in places.values()} if _writes_in_place(layer) else set()
     outputs = []
-    for name, place in plan.outputs:
+    for name, place in places.items():
         full_name = f"{path}.{name}"
-        handle = plan.handles[place.position]
+        handle = slots.handles[place.position]
         identity: object = ("merged", handle) if place.merged else handle
         outputs.append(Output(full_name, sent(full_name, handle.dtype), handle.shape, identity))
 
     def build(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        shadows = _Shadows(plan.slots, tensors, copied)
-        with torch.autocast(tensors[0].device.type, enabled=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # advice to who merges by hand; sparse tensors are in beta
-            try:
-                _merge(shadows.of(layer))
-            except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                raise SourceError(
-                    f"{path}: PEFT cannot merge {', '.join(active_adapters(layer))} ({type(layer).__name__}) into it: "
-                    f"{error}; see whether merge_and_unload(safe_merge=True) works on a copy of the model"
-                ) from error
+        shadows = Shadows(slots, [one.clone() if at in copied else one for at, one in enumerate(tensors)])
+        _merge(path, layer, shadows.of(layer))
         made = []
-        for output, (_, place) in zip(outputs, plan.outputs, strict=True):
+        for output, place in zip(outputs, places.values(), strict=True):
             tensor = shadows.tensor(place.owner, place.name) if place.merged else tensors[place.position]
             made.append(tensor.detach().to(output.dtype))
         return made
 
-    return Unit(tuple(outputs), tuple(Wanted(handle, handle.dtype) for handle in plan.handles), build)
+    return Unit(tuple(outputs), tuple(Wanted(handle, handle.dtype) for handle in slots.handles), build)
 
 
 def tuner_layer(part: Any) -> Any:
@@ -153,29 +159,30 @@ class _Place(NamedTuple):
     merged: bool
 
 
-class _Plan:
-    """Which tensors of a tuner layer are gathered, and which of them are sent.
+class Slots:
+    """The tensors of a tree of modules, each once, and which module owns which.
 
     Attributes:
-        handles: what is gathered, each tensor once.
-        slots: for each module (by id), the index in `handles` of each tensor that it owns.
-        outputs: name in the base layer, and place, of each tensor that is sent.
+        handles: the tensors.
+        of: for each module (by id), the position in `handles` of each tensor that it owns, by its name there.
     """
 
-    def __init__(self, layer: Any, held: Holdings) -> None:
-        indices: dict[Handle, int] = {}
-        self.slots = {
-            id(module): {name: indices.setdefault(handle, len(indices)) for name, handle in held.tensors(module)}
-            for module in layer.modules()
+    def __init__(self, root: nn.Module, held: Holdings) -> None:
+        positions: dict[Handle, int] = {}
+        self.of = {
+            id(module): {name: positions.setdefault(handle, len(positions)) for name, handle in held.tensors(module)}
+            for module in root.modules()
         }
-        self.handles = list(indices)
-        changed = _changed_by(layer)
-        self.outputs = [
-            (prefix + name, _Place(owner, name, index, changed is None or prefix + name in changed))
-            for prefix, owner in _owners(base_of(layer), "")
-            for name, index in self.slots[id(owner)].items()
-            if name not in owner._non_persistent_buffers_set
-        ]
+        self.handles = list(positions)
+
+
+def _places(layer: Any, slots: Slots) -> Iterator[tuple[str, _Place]]:
+    """Name in the base layer, and place, of each tensor that is sent."""
+    changed = _changed_by(layer)
+    for prefix, owner in _owners(base_of(layer), ""):
+        for name, position in slots.of[id(owner)].items():
+            if name not in owner._non_persistent_buffers_set:
+                yield prefix + name, _Place(owner, name, position, changed is None or prefix + name in changed)
 
 
 def _owners(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -216,29 +223,36 @@ def _writes_in_place(layer: Any) -> bool:
     )
 
 
-def _merge(layer: Any) -> None:
-    """Merges as `merge_and_unload` does, which has ways of its own for attentions and for what is nested."""
-    _, *nested = chain(layer)
-    for one in nested:
-        one.merge(safe_merge=True)
-    if not nested and hasattr(layer, "unload_and_optionally_merge_module"):
-        layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-    else:
-        layer.merge(safe_merge=True)
+def _merge(path: str, layer: Any, shadow: Any) -> None:
+    """Merges in the shadow of a tuner layer, as `merge_and_unload` does, which has ways of its own for attentions."""
+    _, *nested = chain(shadow)
+    with torch.autocast(next(shadow.parameters()).device.type, enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice to who merges by hand; sparse tensors are in beta
+        try:
+            for one in nested:
+                one.merge(safe_merge=True)
+            if not nested and hasattr(shadow, "unload_and_optionally_merge_module"):
+                shadow.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            else:
+                shadow.merge(safe_merge=True)
+        except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise SourceError(
+                f"{path}: PEFT cannot merge {', '.join(active_adapters(layer))} ({type(layer).__name__}) into it: "
+                f"{error}; see whether merge_and_unload(safe_merge=True) works on a copy of the model"
+            ) from error
 
 
-class _Shadows:
-    """Modules of the same classes and settings as those of a tuner layer, which own other tensors.
+class Shadows:
+    """Modules of the same classes and settings as those of a tree, which own other tensors. Wrappers are left out.
 
     Args:
-        slots: as in `_Plan`.
-        tensors: the tensors to own.
-        copied: indices of those that a merge may write to.
+        slots: the tensors of the tree.
+        tensors: those to own instead, in the same order.
     """
 
-    def __init__(self, slots: dict[int, dict[str, int]], tensors: Sequence[torch.Tensor], copied: set[int]) -> None:
-        self._slots = slots
-        self._tensors = [tensor.clone() if index in copied else tensor for index, tensor in enumerate(tensors)]
+    def __init__(self, slots: Slots, tensors: Sequence[torch.Tensor]) -> None:
+        self._slots = slots.of
+        self._tensors = tensors
         self._parameters: dict[int, nn.Parameter] = {}
         self._made: dict[int, Any] = {}
 
