@@ -11,6 +11,7 @@ from torch import nn
 from twinkle_callbacks.sources.handles import Handle, whole
 from twinkle_callbacks.sources.merging import is_part, merged, stand_in
 from twinkle_callbacks.sources.names import canonical
+from twinkle_callbacks.sources.quantized import is_quantized, unit_of
 from twinkle_callbacks.sources.units import Output, Unit, Wanted
 
 
@@ -27,9 +28,10 @@ class PlainHoldings:
 
 
 def units_of(model: nn.Module, dtype: torch.dtype | None = None, held: PlainHoldings | None = None) -> Iterator[Unit]:
-    """The units of everything a `PeftModel` computes with, in the order of the module tree."""
-    base: Any = model
-    yield from _walk(base.base_model.model, "", held or PlainHoldings(), lambda name, own: dtype or own)
+    """The units of everything a policy computes with, in the order of the module tree."""
+    wrapped: Any = model
+    base = wrapped.base_model.model if hasattr(wrapped, "peft_config") else wrapped
+    yield from _walk(base, "", held or PlainHoldings(), lambda name, own: dtype or own)
 
 
 def streamed(units: Iterator[Unit], gather: Callable[[Wanted], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -53,6 +55,9 @@ def _walk(module: nn.Module, path: str, held: PlainHoldings, sent: Any) -> Itera
             yield merged(canonical(path), module, held, sent)
         else:
             yield from _walk(instead, path, held, sent)
+        return
+    if is_quantized(module):
+        yield unit_of(canonical(path), module, list(held.tensors(module)), sent)
         return
     prefix = f"{path}." if path else ""
     for name, handle in held.tensors(module):

@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import tests.peft_cases as cases
 from tests.unit.peft_streams import PlainHoldings, streamed, units_of
 from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources import WeightSource, open_source
 from twinkle_callbacks.sources.handles import Handle
 from twinkle_callbacks.sources.mergeable import check_mergeable
 from twinkle_callbacks.sources.merging import is_part
@@ -69,6 +70,18 @@ def test_equals_peft_bit_for_bit_and_leaves_the_module_alone(case: str, dtype: t
     assert_equal(streamed(units_of(model)), wanted)
     assert snapshot(model) == before
     assert_equal(values(model), trained)
+
+
+@pytest.mark.parametrize("case", sorted(set(cases.LORA_CASES) - {"mixed"}))
+def test_a_source_streams_the_merged_policy(case: str) -> None:
+    model = cases.CASES[case](torch.bfloat16)
+    copied = copy.deepcopy(model)
+    merged = cases.quiet(lambda: copied.merge_and_unload(safe_merge=True)).bfloat16()
+    assert_equal(copies(open_source(model)), copies(open_source(merged)))
+
+
+def copies(source: WeightSource) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in source.stream()}
 
 
 @pytest.mark.parametrize("case", sorted(cases.CASES))

@@ -11,6 +11,7 @@ from torch import nn
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.merging import active_adapters, base_of, chain, is_part, stand_in, tuner_layer
 from twinkle_callbacks.sources.names import canonical, loaded
+from twinkle_callbacks.sources.quantized import plain_class
 
 _INSTEAD = "train with LoRA, or sync weights that are trained in full"
 
@@ -123,7 +124,7 @@ def _check_states(parts: list[tuple[str, nn.Module]]) -> None:
 def _check_merge(path: str, layer: Any) -> None:
     """Checks that PEFT has a merge for a tuner layer."""
     base: Any = base_of(layer)
-    if type(layer).merge is loaded("peft.tuners.tuners_utils", "BaseTunerLayer")[0].merge:
+    if plain_class(type(layer)).merge is loaded("peft.tuners.tuners_utils", "BaseTunerLayer")[0].merge:
         raise SourceError(
             f"{path}: PEFT has no merge for its {type(layer).__name__} on a {type(base).__name__}; {_INSTEAD}, on a "
             f"base that is not quantized or quantized by bitsandbytes"

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources import quantized
 from twinkle_callbacks.sources.handles import Handle
 from twinkle_callbacks.sources.names import canonical, loaded, unwrap
 from twinkle_callbacks.sources.units import Output, Sent, Unit, Wanted
@@ -89,16 +90,26 @@ def merged(path: str, module: nn.Module, held: Holdings, sent: Sent) -> Unit:
     layer = tuner_layer(module)
     slots = Slots(layer, held)
     places = dict(_places(layer, slots))
-    copied = {place.position for place in places.values()} if _writes_in_place(layer) else set()
+    packed = [place for place in places.values() if place.is_packed]
+    written = [place for place in places.values() if not place.is_packed and _writes_in_place(layer)]
+    copied = {place.position for place in written}
     outputs = []
     for name, place in places.items():
         full_name = f"{path}.{name}"
         handle = slots.handles[place.position]
+        dtype, shape = handle.dtype, handle.shape
+        if place.is_packed:
+            quantized.check_packed(path, place.owner, handle)
+            dtype, shape = quantized.dtype_of(place.owner), quantized.shape_of(place.owner)
         identity: object = ("merged", handle) if place.merged else handle
-        outputs.append(Output(full_name, sent(full_name, handle.dtype), handle.shape, identity))
+        outputs.append(Output(full_name, sent(full_name, dtype), shape, identity))
 
     def build(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         shadows = Shadows(slots, [one.clone() if at in copied else one for at, one in enumerate(tensors)])
+        for place in packed:
+            quantized.make_plain(place.owner, shadows.of(place.owner))
+        for one in chain(shadows.of(layer)) if packed else ():
+            quantized.make_tuner_plain(one)
         _merge(path, layer, shadows.of(layer))
         made = []
         for output, place in zip(outputs, places.values(), strict=True):
@@ -158,6 +169,10 @@ class _Place(NamedTuple):
     position: int
     merged: bool
 
+    @property
+    def is_packed(self) -> bool:
+        return self.name == quantized.WEIGHT and quantized.is_quantized(self.owner)
+
 
 class Slots:
     """The tensors of a tree of modules, each once, and which module owns which.
@@ -211,7 +226,8 @@ def _changed_by(layer: Any) -> set[str] | None:
 
 
 def _is_lora(layer: Any, *names: str) -> bool:
-    return any(isinstance(layer, loaded("peft.tuners.lora.layer", name)) for name in names)
+    cls = quantized.plain_class(type(layer))
+    return any(issubclass(cls, loaded("peft.tuners.lora.layer", name)) for name in names)
 
 
 def _writes_in_place(layer: Any) -> bool:
