@@ -42,7 +42,7 @@ def run(case: str, kind: str, url: str, folder: Path) -> None:
     full = trained.full()
     if dist.get_rank() == 0:
         (folder / "answers.json").write_text(json.dumps(server_answers(url)))
-        plain.load_state_dict(full)
+        plain.load_state_dict({name: full[name] for name in plain.state_dict()})
         (plain.merge_and_unload(safe_merge=True) if case == "lora" else plain).save_pretrained(folder)
 
 

@@ -18,6 +18,8 @@ from twinkle_callbacks.sources.conversions import plan_conversions
 from twinkle_callbacks.sources.dtypes import sent_as
 from twinkle_callbacks.sources.gather import gathered
 from twinkle_callbacks.sources.holdings import Holdings
+from twinkle_callbacks.sources.mergeable import check_mergeable
+from twinkle_callbacks.sources.merging import peft_model
 from twinkle_callbacks.sources.names import select
 from twinkle_callbacks.sources.refusals import refuse_empty, refuse_wrong_root
 from twinkle_callbacks.sources.survey import survey
@@ -78,6 +80,7 @@ class ModuleSource(WeightSource):
             yield from self._plan.stream(named)
 
     def _survey(self) -> list[Unit]:
+        check_mergeable(peft_model(self._root, self._module) or self._module)
         return survey(self._module, Holdings(self._root), self._sent)
 
     def _sent(self, name: str, dtype: torch.dtype) -> torch.dtype:
