@@ -36,7 +36,7 @@ def randomize(model: nn.Module, seed: int = 1) -> None:
 
 
 def quiet(make: Callable[[], Any]) -> Any:
-    """Calls `make` without PEFT's advice on what is chosen here on purpose, and with the same random values each time."""
+    """Calls `make` without PEFT's advice on what is chosen here on purpose, and with the same randomness each time."""
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)

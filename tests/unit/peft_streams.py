@@ -8,30 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinkle_callbacks.sources.handles import Handle, whole
+from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.merging import is_part, merged, stand_in
 from twinkle_callbacks.sources.names import canonical
 from twinkle_callbacks.sources.quantized import is_quantized, unit_of
 from twinkle_callbacks.sources.units import Output, Unit, Wanted
 
 
-class PlainHoldings:
-    """Handles of modules that are not sharded, tied tensors with one."""
-
-    def __init__(self) -> None:
-        self._handles: dict[int, Handle] = {}
-
-    def tensors(self, module: nn.Module) -> Iterator[tuple[str, Handle]]:
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                yield name, self._handles.setdefault(id(tensor), whole(tensor))
-
-
-def units_of(model: nn.Module, dtype: torch.dtype | None = None, held: PlainHoldings | None = None) -> Iterator[Unit]:
+def units_of(model: nn.Module, dtype: torch.dtype | None = None, held: Holdings | None = None) -> Iterator[Unit]:
     """The units of everything a policy computes with, in the order of the module tree."""
     wrapped: Any = model
     base = wrapped.base_model.model if hasattr(wrapped, "peft_config") else wrapped
-    yield from _walk(base, "", held or PlainHoldings(), lambda name, own: dtype or own)
+    yield from _walk(base, "", held or Holdings(model), lambda name, own: dtype or own)
 
 
 def streamed(units: Iterator[Unit], gather: Callable[[Wanted], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -48,7 +36,7 @@ def streamed(units: Iterator[Unit], gather: Callable[[Wanted], torch.Tensor] | N
     return made
 
 
-def _walk(module: nn.Module, path: str, held: PlainHoldings, sent: Any) -> Iterator[Unit]:
+def _walk(module: nn.Module, path: str, held: Holdings, sent: Any) -> Iterator[Unit]:
     if is_part(module):
         instead = stand_in(module)
         if instead is None:

@@ -12,10 +12,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import tests.peft_cases as cases
-from tests.unit.peft_streams import PlainHoldings, streamed, units_of
+from tests.unit.peft_streams import streamed, units_of
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources import WeightSource, open_source
 from twinkle_callbacks.sources.handles import Handle
+from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.mergeable import check_mergeable
 from twinkle_callbacks.sources.merging import is_part
 
@@ -34,11 +35,11 @@ def assert_equal(made: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     assert not different
 
 
-class Poisoned(PlainHoldings):
+class Poisoned(Holdings):
     """Gives copies; what the module itself has is NaN by the time of a merge."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(model)
         self._copies: dict[Handle, torch.Tensor] = {}
         self._model = model
         self.tensors_held: list[torch.Tensor] = []
@@ -135,7 +136,7 @@ def test_units_are_built_again_from_newer_values() -> None:
 
 def test_what_no_merge_changes_keeps_its_identity() -> None:
     model = cases.CASES["moe_one_parameter"](torch.float32)
-    held = PlainHoldings()
+    held = Holdings(model)
     outputs = {output.name: output for unit in units_of(model, held=held) for output in unit.outputs}
     experts = model.base_model.model.model.layers[0].mlp.experts
     names = dict(held.tensors(experts.get_base_layer()))
@@ -227,6 +228,19 @@ def test_autocast_around_a_stream_changes_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         made = streamed(units_of(model))
     assert_equal(made, expected(model))
+
+
+def test_hooks_and_replaced_forwards_are_not_run() -> None:
+    def fail(*args: Any) -> None:
+        raise AssertionError("a merge ran the trained module")
+
+    model = cases.CASES["glora"](torch.float32)  # its merge calls modules
+    wanted = expected(model)
+    for module in model.modules():
+        module.register_forward_pre_hook(fail)
+        module.register_forward_hook(fail)
+        module._compiled_call_impl = fail  # as module.compile() does
+    assert_equal(streamed(units_of(model)), wanted)
 
 
 def test_broken_adapter_names_its_layer() -> None:

@@ -11,10 +11,12 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import tests.peft_cases as cases
-from tests.unit.peft_streams import PlainHoldings, streamed, units_of
+from tests.unit.peft_streams import streamed, units_of
 from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.mergeable import check_mergeable
 from twinkle_callbacks.sources.quantized import is_quantized
 
@@ -151,7 +153,7 @@ def test_what_is_lost_by_quantizing_the_sum_again() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_sharded_weights(bits: int) -> None:
-    class Sharded(PlainHoldings):
+    class Sharded(Holdings):
         def tensors(self, module: nn.Module) -> Any:
             for name, handle in super().tensors(module):
                 yield name, replace(handle, is_sharded=True)
@@ -160,7 +162,18 @@ def test_sharded_weights(bits: int) -> None:
     adapted = cases.wrap(copy.deepcopy(plain), peft.LoraConfig(**cases.LORA))
     for model in (plain, adapted):
         with pytest.raises(SourceError, match=r"layers\.0\.\S*\.weight is quantized .* sharded .*merge_and_sync=False"):
-            list(units_of(model, held=Sharded()))
+            list(units_of(model, held=Sharded(model)))
+
+
+def test_layers_that_were_conv1d() -> None:
+    base = nn.Sequential(packed(nn.Linear(64, 32).to(BF16), 4))
+    base[0].source_cls = Conv1D  # as transformers notes it
+    base.is_loaded_in_4bit = True
+    wanted = unpacked(base)[0].weight.T
+    assert torch.equal(streamed(units_of(base))["0.weight"], wanted)
+    merged = streamed(units_of(cases.wrap(base, peft.LoraConfig(r=4, target_modules=["0"]))))["0.weight"]
+    assert merged.shape == wanted.shape
+    assert 0 < (merged - wanted).abs().max() < 0.1
 
 
 def test_weights_that_are_not_packed_yet() -> None:

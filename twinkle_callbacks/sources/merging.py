@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,16 +23,9 @@ from torch import nn
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources import quantized
 from twinkle_callbacks.sources.handles import Handle
+from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.names import canonical, loaded, unwrap
 from twinkle_callbacks.sources.units import Output, Sent, Unit, Wanted
-
-
-class Holdings(Protocol):
-    """Where the handles of a module's own tensors come from."""
-
-    def tensors(self, module: nn.Module) -> Iterator[tuple[str, Handle]]:
-        """Yields name and handle of the parameters and buffers of exactly this module, tied ones with one handle."""
-        ...
 
 
 def peft_model(root: nn.Module, policy: nn.Module) -> nn.Module | None:
@@ -114,6 +107,7 @@ def merged(path: str, module: nn.Module, held: Holdings, sent: Sent) -> Unit:
         made = []
         for output, place in zip(outputs, places.values(), strict=True):
             tensor = shadows.tensor(place.owner, place.name) if place.merged else tensors[place.position]
+            tensor = quantized.as_saved(place.owner, tensor) if place.is_packed else tensor
             made.append(tensor.detach().to(output.dtype))
         return made
 
@@ -291,11 +285,11 @@ class Shadows:
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
         slots = self._slots[id(module)]
-        # Hooks, and a `forward` that was put in, are those of training and lead to the trained module.
+        # Hooks, and what was put in the place of `forward`, are those of training and lead to the trained module.
         state = {
             name: {} if name.endswith(_HOOKS) and isinstance(value, dict) else _copied(value)
             for name, value in vars(module).items()
-            if name not in slots and name != "forward"
+            if name not in slots and name not in ("forward", "_compiled_call_impl")
         }
         if "_base_weight_before_merge" in state:
             state["_base_weight_before_merge"] = None  # HiRA and others leave it behind

@@ -44,11 +44,17 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...]:
-    """The shape of the weight of a quantized module, unpacked."""
+    """The shape of the weight of a quantized module in its checkpoint."""
     layer: Any = module
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
-    return layer.out_features, layer.in_features
+    shape = (layer.out_features, layer.in_features)
+    return shape[::-1] if _was_conv1d(module) else shape
+
+
+def as_saved(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The unpacked weight of a quantized module, merged or not, as its checkpoint has it."""
+    return weight.T if _was_conv1d(module) else weight
 
 
 def check_packed(path: str, module: nn.Module, handle: Handle) -> None:
@@ -98,7 +104,7 @@ def unit_of(path: str, module: nn.Module, tensors: Sequence[tuple[str, Handle]],
 
     def build(gathered: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [
-            (dequantized(module, tensor) if name == WEIGHT else tensor).to(output.dtype)
+            (as_saved(module, dequantized(module, tensor)) if name == WEIGHT else tensor).to(output.dtype)
             for (name, _), output, tensor in zip(tensors, outputs, gathered, strict=True)
         ]
 
@@ -106,7 +112,7 @@ def unit_of(path: str, module: nn.Module, tensors: Sequence[tuple[str, Handle]],
 
 
 def dequantized(module: nn.Module, packed: torch.Tensor) -> torch.Tensor:
-    """The weight of a quantized module, in a tensor of its own.
+    """The weight of a quantized module, in a tensor of its own, in the layout of the layer.
 
     Args:
         module: the module, for its scales.
@@ -152,6 +158,12 @@ def plain_class(cls: type[Any]) -> type[Any]:
 
 def _is(layer: Any, *names: str) -> bool:
     return isinstance(layer, tuple(cls for name in names for cls in loaded("bitsandbytes.nn.modules", name)))
+
+
+def _was_conv1d(module: nn.Module) -> bool:
+    """Whether transformers put the module in the place of a `Conv1D`, as GPT-2 has it, whose weight is transposed."""
+    source = getattr(module, "source_cls", None)
+    return source is not None and issubclass(source, loaded("transformers.pytorch_utils", "Conv1D"))
 
 
 def _state_4bit(module: Any) -> Any:
