@@ -72,14 +72,16 @@ _IN_PLACE = "PEFT adds to the views of FSDP1 in place in its forward pass"
 KINDS_OF_TWO = ["ddp", "fsdp1", "fsdp1_flat", "fsdp2", "tp", "zero1", "zero2", "zero3"]
 KINDS_OF_FOUR = ["fsdp2_tp", "hsdp"]
 CASES_OF_FOUR = ["full", "tied", "moe"]
-UNFIT = {("tp", "tied gpt2"): "its fused projections are no nn.Linear, which torch's plans cut"}
+UNFIT = {
+    ("tp", "tied gpt2"): "its fused projections are no nn.Linear, which torch's plans cut",
+    ("fsdp1_flat", "lora merged tied tokens"): "the tokens that train lie in one unit with the frozen embedding",
+}
 """What a framework cannot hold at all: (kind, case) -> why."""
 
 UNTRAINED = {
     ("tp", "dora merged"): "PEFT's DoRA adds plain tensors to DTensors in its forward pass",
     ("fsdp1", "moe lora merged"): _IN_PLACE,
     ("fsdp1", "adapter only moe"): _IN_PLACE,
-    ("fsdp1_flat", "lora merged tied tokens"): _IN_PLACE,
     ("fsdp1_flat", "moe lora merged"): _IN_PLACE,
     ("fsdp1_flat", "adapter only moe"): _IN_PLACE,
 }
