@@ -20,7 +20,8 @@ from torch import nn
 
 from tests import peft_cases
 from tests.distributed.sources_checks import conforms, of_all_ranks, saved, saved_adapter
-from tests.distributed.sources_sharding import Tensors, layers, shard
+from tests.distributed.sources_sharding import shard
+from tests.distributed.sources_trained import Tensors, layers
 from tests.tiny_models import VOCAB, build
 from twinkle_callbacks.sources import open_source
 

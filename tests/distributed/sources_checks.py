@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.sources_sharding import Tensors, Trained
+from tests.distributed.sources_trained import Tensors, Trained
 from twinkle_callbacks.sources import WeightSource
 
 LEADER = 0
