@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -47,14 +47,18 @@ def _without_wrappers(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "")
 
 
-def fsdp1(policy: nn.Module, *, use_orig_params: bool = True, strategy: str = "FULL_SHARD") -> Trained:
+def fsdp1(
+    policy: nn.Module, *, use_orig_params: bool = True, strategy: str = "FULL_SHARD", half: bool = False
+) -> Trained:
+    """Shards by FSDP1; `half` computes in bfloat16, with masters in the policy's own dtype."""
+
     def wraps(module: nn.Module) -> bool:
         # Flat units may not mix what trains with what is frozen, so leaves that train are units, as in PEFT's policy.
         leaf = not use_orig_params and _is_adapted(policy) and not list(module.children())
         trains = leaf and getattr(module, "weight", None) is not None and module.weight.requires_grad
         return isinstance(module, GradientCheckpointingLayer) or trains
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)} if half else {}
     if strategy.startswith("HYBRID"):
         options["device_mesh"] = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
     with warnings.catch_warnings():

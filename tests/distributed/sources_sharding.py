@@ -98,7 +98,7 @@ def _parallelize(policy: nn.Module, mesh: Any) -> None:
 
 
 class _Zero(Trained):
-    def __init__(self, policy: nn.Module, stage: int, **settings: int) -> None:
+    def __init__(self, policy: nn.Module, stage: int, half: bool = False, **settings: int) -> None:
         import deepspeed
 
         super().__init__(policy, policy)
@@ -109,6 +109,7 @@ class _Zero(Trained):
                 "train_micro_batch_size_per_gpu": 1,
                 "steps_per_print": 10**9,
                 "zero_optimization": {"stage": stage, **settings},
+                "bf16": {"enabled": half},
             },
         )
         assert self.model.zero_optimization_stage() == stage
@@ -148,13 +149,17 @@ def zero(policy: nn.Module, *, stage: int) -> Trained:
     return _Zero(policy, stage)
 
 
-def zero3(policy: nn.Module, *, persistence_threshold: int | None = 0) -> Trained:
-    """With a threshold, in elements, smaller parameters stay in full on every rank; None is DeepSpeed's default."""
+def zero3(policy: nn.Module, *, persistence_threshold: int | None = 0, half: bool = False) -> Trained:
+    """Shards by ZeRO-3, which holds parameters in bfloat16 and masters beside them if `half`.
+
+    With a threshold, in elements, smaller parameters stay in full on every rank; None is DeepSpeed's default.
+    """
     settings = {} if persistence_threshold is None else {"stage3_param_persistence_threshold": persistence_threshold}
-    trained = _Zero(policy, 3, **settings)
+    trained = _Zero(policy, 3, half, **settings)
     for name, parameter in policy.named_parameters():
         cut = parameter.ds_tensor.numel() * dist.get_world_size() - parameter.ds_numel
         assert 0 <= cut < dist.get_world_size(), f"{name} is not partitioned"
+        assert not half or parameter.ds_tensor.dtype == torch.bfloat16, name
         assert parameter.ds_persist == (parameter.ds_numel <= (100_000 if persistence_threshold is None else 0)), name
     return trained
 
@@ -166,6 +171,7 @@ KINDS: dict[str, Callable[[Any], Trained]] = {
     "fsdp1_no_shard": lambda policy: fsdp1(policy, strategy="NO_SHARD"),
     "fsdp1_grad_op": lambda policy: fsdp1(policy, strategy="SHARD_GRAD_OP"),
     "fsdp1_hybrid": lambda policy: fsdp1(policy, strategy="HYBRID_SHARD"),
+    "fsdp1_mixed_precision": lambda policy: fsdp1(policy, half=True),
     "fsdp2": fsdp2,
     "hsdp": hsdp,
     "tp": tp,
@@ -173,6 +179,7 @@ KINDS: dict[str, Callable[[Any], Trained]] = {
     "zero1": lambda policy: zero(policy, stage=1),
     "zero2": lambda policy: zero(policy, stage=2),
     "zero3": zero3,
+    "zero3_bfloat16": lambda policy: zero3(policy, half=True),
     "zero3_persistent": lambda policy: zero3(policy, persistence_threshold=None),
 }
 
