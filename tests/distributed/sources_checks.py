@@ -162,3 +162,14 @@ def conforms(
         wanted = want(filled(fresh(), full))
         for dtype, stream in got:
             assert_equal(dict(stream.pairs), wanted, dtype)
+
+
+# What the ranks have to say
+
+
+def of_all_ranks(case: str, outcome: str) -> str:
+    """The first outcome that is not ok. Through the store: a collective would meet those that a rank left behind."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{case}/{dist.get_rank()}", outcome)
+    outcomes = [store.get(f"{case}/{rank}").decode() for rank in range(dist.get_world_size())]
+    return next((f"rank {rank}: {each}" for rank, each in enumerate(outcomes) if each != "ok"), "ok")

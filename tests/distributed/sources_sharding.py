@@ -186,10 +186,10 @@ def _without_wrappers(name: str) -> str:
 
 def fsdp1(policy: nn.Module, *, use_orig_params: bool = True, strategy: str = "FULL_SHARD") -> Trained:
     def wraps(module: nn.Module) -> bool:
-        # Flat units may not mix what trains with what is frozen: as PEFT's policy does, leaves that train are units.
+        # Flat units may not mix what trains with what is frozen, so leaves that train are units, as in PEFT's policy.
         leaf = not use_orig_params and _is_adapted(policy) and not list(module.children())
-        trains = any(parameter.requires_grad for parameter in module.parameters())
-        return isinstance(module, GradientCheckpointingLayer) or (leaf and trains)
+        trains = leaf and getattr(module, "weight", None) is not None and module.weight.requires_grad
+        return isinstance(module, GradientCheckpointingLayer) or trains
 
     options: dict[str, Any] = {}
     if strategy.startswith("HYBRID"):

@@ -25,21 +25,21 @@ def handle(name: str, tensor: Any) -> Handle:
         SourceError: rank 0 is not in its own tensor's mesh, the tensor is a pending sum (`Partial`), this rank's part
             is not of the shape it should have, or the parts of some rank do not lie together.
     """
-    dtype, shape, mesh = tensor.dtype, tuple(tensor.shape), tensor.device_mesh
-    ranks = mesh.mesh.tolist()
-    coordinates = _coordinates(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+    dtype, shape = tensor.dtype, tuple(tensor.shape)
+    mesh_shape, coordinates = _coordinates(tensor.device_mesh)
+    ranks = [rank for rank, _ in coordinates]
     rank = torch.distributed.get_rank()
-    if LEADER not in coordinates:
+    if LEADER not in ranks:
         if rank == LEADER:
             raise SourceError(f"{name!r} is sharded over ranks {ranks}, so no rank that sends holds any part of it")
         return of_other_ranks(dtype, shape)
     try:
-        blocks = _blocks(shape, tuple(mesh.mesh.shape), tuple(tensor.placements), tuple(coordinates.items()))
+        blocks = _blocks(shape, mesh_shape, tuple(tensor.placements), coordinates)
     except ValueError as error:
         raise SourceError(f"{name!r} {error}") from error
     if rank not in blocks:
         return of_other_ranks(dtype, shape)
-    local = tensor.detach().to_local()
+    local = tensor.to_local()
     if tuple(local.shape) != blocks[rank].shape:
         raise SourceError(
             f"{name!r}: rank {rank} holds {list(local.shape)} of {list(shape)}, but by its placements "
@@ -49,9 +49,10 @@ def handle(name: str, tensor: Any) -> Handle:
 
 
 @lru_cache(maxsize=256)
-def _coordinates(mesh_shape: tuple[int, ...], ranks: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """Where each global rank is in a mesh."""
-    return dict(zip(ranks, itertools.product(*map(range, mesh_shape)), strict=True))
+def _coordinates(mesh: Any) -> tuple[tuple[int, ...], tuple[tuple[int, tuple[int, ...]], ...]]:
+    """The shape of a mesh, and where each global rank is in it. Cached: `DeviceMesh.mesh` is computed each time."""
+    shape, ranks = tuple(mesh.mesh.shape), mesh.mesh.flatten().tolist()
+    return shape, tuple(zip(ranks, itertools.product(*map(range, shape)), strict=True))
 
 
 @lru_cache(maxsize=4096)
