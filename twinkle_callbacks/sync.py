@@ -1,8 +1,9 @@
 """One push from the trainer's module into every rollout: the only orchestrator. Read this file first.
 
     every rank   open:  handshake with the rollouts (rank 0), the result shared; then the first push
-    every rank   push:  rank 0 opens a session on each rollout
-                        -> sources/  stream of (checkpoint name, full tensor), gathered by all ranks in the same order
+    every rank   push:  all ranks check that the module is still the one they agreed on
+                        rank 0 opens a session on each rollout
+                        -> sources/  stream of (checkpoint name, full tensor), gathered by all ranks on rank 0
                         -> engines/  rank 0 sends it in buckets ==== wire ==== worker/ stages it, compares digests
                         the workers check names and shapes against vLLM's loader
                         rank 0 pauses the rollouts, they commit, it sets the version and resumes
@@ -15,16 +16,18 @@ an error the engine is dropped, the rollouts go on with the weights they had, an
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import msgspec
 import torch
 
+from twinkle_callbacks.buckets.layout import TensorSpec
 from twinkle_callbacks.buckets.packing import dtype_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
 from twinkle_callbacks.engines.base import SendStats
@@ -48,6 +51,9 @@ from twinkle_callbacks.sources import WeightSource, open_source
 from twinkle_callbacks.trainer_group import TrainerGroup
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Stream = Generator[tuple[str, torch.Tensor], None, None]
 
 
 class _Outcome(msgspec.Struct):
@@ -158,7 +164,17 @@ class WeightSynchronizer:
         self.close()
 
     def _open_source(self, dtype: str | None) -> WeightSource:
-        return open_source(self._model, module=self.settings.module, dtype=None if dtype is None else dtype_of(dtype))
+        """Opens the source on every rank, sure that all of them would stream the same."""
+        wanted = None if dtype is None else dtype_of(dtype)
+
+        def opened() -> tuple[WeightSource, list[TensorSpec]]:
+            source = open_source(self._model, module=self.settings.module, dtype=wanted)
+            return source, source.specs()
+
+        source, specs = self._agreed(opened)
+        leading = self._group.share(msgspec.msgpack.encode(specs) if self._group.is_leader else None)
+        self._agreed(lambda: _refuse_difference(specs, msgspec.msgpack.decode(leading, type=list[TensorSpec])))
+        return source
 
     def _connect(self) -> None:
         def handshake() -> str:
@@ -192,9 +208,6 @@ class WeightSynchronizer:
     def _push(self, version: int) -> SyncReport:
         try:
             self.report = self._take_through(version)
-        except _LeftTheGather:
-            self._connected = False
-            raise
         except TwinkleError as error:  # raised on every rank
             self._connected = False
             stopped = self._on_leader(self._put_in_order)
@@ -215,6 +228,7 @@ class WeightSynchronizer:
     def _take_through(self, version: int) -> SyncReport:
         """All phases of a push; the seconds are those of rank 0."""
         began = time.perf_counter()
+        self._agreed(self._source.check, phase="start")
         self._on_leader(lambda: self._leading.begin(), phase="start")
         sending = time.perf_counter()
         failure = self._send()
@@ -254,14 +268,13 @@ class WeightSynchronizer:
                 assert engine is not None
                 _run(lambda: engine.send_weights(stream))
             else:
-                _exhaust(stream)
+                for _ in stream:
+                    pass
         except Exception as error:  # whatever a source raises; reported once all ranks are past the gathers
             failure = error
             logger.error("trainer rank %d: %s: %s", self._group.rank, type(error).__name__, text_of(error))
-            if self._source.is_collective and not self._group.is_leader:
-                raise _LeftTheGather(f"trainer rank {self._group.rank}: {text_of(error)}", "transfer") from error
-            _exhaust(stream)  # the other ranks are still in the gathers if it was the engine that failed
-        first = self._group.first_failure("" if failure is None else f"{type(failure).__name__}: {text_of(failure)}")
+            _leave(stream)
+        first = self._group.first_failure(_text(failure))
         if first is None:
             return None
         rank, text = first
@@ -282,6 +295,25 @@ class WeightSynchronizer:
         if digest != stats.digest:
             raise DigestMismatchError(f"the rollouts staged a stream of digest {digest}, sent was {stats.digest}")
         return stats
+
+    def _agreed(self, call: Callable[[], T], phase: str = "") -> T:
+        """Runs a local step on every rank: all go on, or all raise, with the cause of the lowest rank that failed.
+
+        With a `phase`, errors become `SyncError`s of that phase.
+        """
+        result, failure = None, None
+        try:
+            result = call()
+        except Exception as error:  # whatever a trained module's own code raises
+            failure = error
+        first = self._group.first_failure(_text(failure))
+        if first is None:
+            return cast("T", result)
+        rank, text = first
+        text = f"trainer rank {rank}: {text}" if rank else text
+        if phase:
+            raise SyncError(f"push failed in the phase {phase!r}: {text}", phase) from failure
+        raise failure or SourceError(text)
 
     def _on_leader(self, call: Callable[[], Any], phase: str = "") -> Any:
         """Runs a step on rank 0 alone and shares its result: every rank returns it, or raises its error.
@@ -308,22 +340,39 @@ class WeightSynchronizer:
         raise from_wire(outcome.error_type, outcome.error, RolloutError) from cause
 
 
-class _LeftTheGather(SyncError):
-    """This rank alone could not go on, while the others wait for it in a gather: nothing can be agreed on any more."""
+def _text(failure: Exception | None) -> str:
+    return "" if failure is None else f"{type(failure).__name__}: {text_of(failure)}"
 
 
-def _exhaust(stream: Iterator[Any]) -> None:
-    for _ in stream:
-        pass
+def _refuse_difference(mine: list[TensorSpec], leading: list[TensorSpec]) -> None:
+    for own, other in itertools.zip_longest(mine, leading):
+        if own != other:
+            raise SourceError(
+                f"the ranks would stream different tensors: this one {_shown(own)} where rank 0 has {_shown(other)}; "
+                f"build and wrap the same model on every rank"
+            )
 
 
-def _on_this_device(stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _shown(spec: TensorSpec | None) -> str:
+    return "nothing" if spec is None else f"{spec.name} {spec.dtype}{list(spec.shape)}"
+
+
+def _leave(stream: Generator[Any, None, None]) -> None:
+    """Ends a stream early. One that never began does not know that others gather for it, so it begins first."""
+    try:
+        next(stream, None)
+        stream.close()
+    except Exception as error:  # the push has failed already, with another cause
+        logger.error("leaving the gather: %s: %s", type(error).__name__, text_of(error))
+
+
+def _on_this_device(stream: Stream) -> Stream:
     """The stream, drained on this thread's accelerator in whichever thread: a new thread starts on device 0."""
     if not torch.accelerator.is_available():
         return stream
     index = torch.accelerator.current_device_index()
 
-    def pinned() -> Iterator[tuple[str, torch.Tensor]]:
+    def pinned() -> Stream:
         torch.accelerator.set_device_index(index)
         yield from stream
 

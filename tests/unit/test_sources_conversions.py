@@ -16,7 +16,8 @@ from tests.tiny_models import build, saved_tensors
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources import conversions, open_source
 from twinkle_callbacks.sources.conversions import ConversionPlan, plan_conversions
-from twinkle_callbacks.sources.names import checkpoint_tensors
+from twinkle_callbacks.sources.holdings import Holdings
+from twinkle_callbacks.sources.survey import survey
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -68,12 +69,18 @@ _TEXT_AND_VISION = {
 }
 
 
+def own_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What a module holds, under its own names, as views."""
+    units = survey(model, Holdings(model), lambda _, dtype: dtype)
+    return {unit.outputs[0].name: unit.needs[0].handle.local() for unit in units}
+
+
 def from_config(model_type: str, auto: Any = transformers.AutoModelForCausalLM, **values: Any) -> Any:
     given = {name: value for name, value in values.items() if value is not None}
     torch.manual_seed(0)
     model = auto.from_config(transformers.CONFIG_MAPPING[model_type](**given))
     with torch.no_grad():
-        for tensor in checkpoint_tensors(model).values():
+        for tensor in own_tensors(model).values():
             tensor.copy_(torch.randn(tensor.shape))
     return model
 
@@ -124,7 +131,7 @@ def test_fused_experts_become_one_tensor_for_each_expert() -> None:
 
 def test_group_is_converted_as_soon_as_it_is_complete() -> None:
     model = from_config("hrm_text", **_SHAPE)
-    tensors = checkpoint_tensors(model)
+    tensors = own_tensors(model)
     plan = plan_conversions(model, {name: tensor.to("meta") for name, tensor in tensors.items()})
     assert plan.largest_group == 4
     taken: list[str] = []
@@ -143,7 +150,7 @@ def test_group_is_converted_as_soon_as_it_is_complete() -> None:
 
 def test_any_order_of_the_inputs_gives_the_same_tensors() -> None:
     model = from_config("hrm_text", **_SHAPE)
-    tensors = checkpoint_tensors(model)
+    tensors = own_tensors(model)
     plan = plan_conversions(model, {name: tensor.to("meta") for name, tensor in tensors.items()})
     forward = dict(plan.stream(tensors.items()))
     backward = dict(plan.stream(reversed(tensors.items())))
@@ -153,7 +160,7 @@ def test_any_order_of_the_inputs_gives_the_same_tensors() -> None:
 
 def test_modules_of_other_libraries_pass_through_unchanged() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
-    tensors = checkpoint_tensors(module)
+    tensors = own_tensors(module)
     plan = plan_conversions(module, tensors)
     assert type(plan) is ConversionPlan
     assert list(plan.stream(tensors.items())) == list(tensors.items())

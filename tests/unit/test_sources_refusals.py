@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.tiny_models import build
 from twinkle_callbacks.errors import SourceError
@@ -115,30 +115,21 @@ class TestAdapters:
         assert open_source(LitModule(policy=build("qwen3"), reference=other), module="policy").specs()
 
 
-class TestSharding:
-    WORKS = r"what works in this version: plain modules, DDP, FSDP2 \(fully_shard\) and DeepSpeed ZeRO-1/2"
-
-    @pytest.mark.usefixtures("gloo_of_one")
-    @pytest.mark.filterwarnings(
-        "ignore::FutureWarning", "ignore::UserWarning"
-    )  # FSDP1 is deprecated, and warns of a world of 1
-    @pytest.mark.parametrize("use_orig_params", [True, False])
-    def test_fsdp1(self, use_orig_params: bool) -> None:
+@pytest.mark.usefixtures("gloo_of_one")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # FSDP1 is deprecated; a world of one
+@pytest.mark.parametrize("use_orig_params", [True, False])
+class TestFSDP1InAWorldOfOne:
+    def wrapped(self, use_orig_params: bool) -> FullyShardedDataParallel:
         holder = LitModule(net=build("qwen3"))
-        sharded = FullyShardedDataParallel(holder, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
-        for module in ("", "net"):
-            with pytest.raises(SourceError, match=rf"sharded by FSDP1 \(FullyShardedDataParallel\); {self.WORKS}"):
-                open_source(sharded, module=module)
+        return FullyShardedDataParallel(holder, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
 
-    def test_flat_parameter_without_its_wrapper(self) -> None:
-        module = nn.Module()
-        module.flat = nn.Parameter(torch.zeros(4))
-        module.flat.__class__ = FlatParameter
-        with pytest.raises(SourceError, match=f"'flat' is a FlatParameter of FSDP1; {self.WORKS}"):
-            open_source(module)
+    def test_flattened_parameters_are_streamed(self, use_orig_params: bool) -> None:
+        got = dict(open_source(self.wrapped(use_orig_params), module="net").stream())
+        want = dict(open_source(build("qwen3")).stream())
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
 
-    def test_zero3(self) -> None:
-        model = build("qwen3")
-        model.lm_head.weight.ds_id = 3
-        with pytest.raises(SourceError, match=rf"'lm_head.weight' is sharded by DeepSpeed ZeRO-3.*; {self.WORKS}"):
-            open_source(model)
+    def test_module_without_the_wrapper_that_flattened_it_is_refused(self, use_orig_params: bool) -> None:
+        advice = "pass the whole wrapped module" if use_orig_params else "has no parameters; pass the module"
+        with pytest.raises(SourceError, match=advice):
+            open_source(self.wrapped(use_orig_params).module, module="net")

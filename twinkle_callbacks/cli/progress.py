@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -21,7 +21,7 @@ class CountedSource(WeightSource):
     def specs(self) -> list[TensorSpec]:
         return self._source.specs()
 
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         for name, tensor in self._source.stream():
             nbytes = tensor.nbytes
             yield name, tensor

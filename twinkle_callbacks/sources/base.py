@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from twinkle_callbacks.buckets.layout import TensorSpec
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 class WeightSource(ABC):
     """A repeatable stream of the policy's weights under their checkpoint names.
 
-    Lifecycle: opened once, on every trainer rank, when training starts; `specs()` for the handshake; then one
-    `stream()` a push, each to its end, none overlapping an optimizer step or another stream of the same weights.
+    Lifecycle: opened once, on every trainer rank, when training starts; `specs()` for the handshake; then for each push
+    `check()` and one `stream()`, none overlapping an optimizer step or another stream of the same weights.
 
-    Which process runs what: opening and `specs()` are local and never communicate. `stream()` is collective where the
-    weights are sharded: every rank must request every tensor, also ranks that only throw them away.
+    Which process runs what: opening, `specs()` and `check()` are local and never communicate, and succeed or fail by
+    themselves. `stream()` is collective where the weights are sharded. Every rank goes through it; only rank 0, which
+    sends them on, gets tensors, while the others get none and give theirs. A rank that fails, or closes its stream
+    early, must still do its part for the others to come to their end, and raise afterwards.
 
     Guaranteed: names, dtypes, shapes and order are those of `specs()`, the same on every rank and in every stream, each
     name once. Tensors are detached, full, and exactly the values of the checkpoint that saving the policy now would
@@ -29,18 +31,21 @@ class WeightSource(ABC):
     that they live on one device. Each is valid only until the next is requested.
     """
 
-    @property
-    def is_collective(self) -> bool:
-        """Whether `stream()` communicates, so that a rank that stops early leaves the others waiting for it."""
-        return False
-
     @abstractmethod
     def specs(self) -> list[TensorSpec]:
         """Returns name, dtype and full shape of every tensor that `stream()` yields, in its order."""
 
+    def check(self) -> None:
+        """Says whether `stream()` can begin: on rank 0 before anything is sent, and on the others too.
+
+        Raises:
+            SourceError: the weights are not those the source was opened on.
+        """
+        return  # nothing can change where nothing is trained
+
     @abstractmethod
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields `(checkpoint name, full tensor)`. The consumer's autograd mode is not affected.
+    def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """Yields `(checkpoint name, full tensor)` on rank 0, nothing elsewhere.
 
         Raises:
             SourceError: the weights are not those the source was opened on, or cannot be read.

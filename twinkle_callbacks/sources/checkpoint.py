@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class CheckpointSource(WeightSource):
         ]
 
     @torch.no_grad()
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         for file, specs in self._on_disk.items():
             if _read_header(file) != specs:
                 raise SourceError(f"{file} changed since the source was opened; open a new source")

@@ -1,10 +1,11 @@
-"""The source over a trained module: plain, replicated (DDP, ZeRO-1/2), or sharded into DTensors (FSDP2)."""
+"""The source over a trained module: plain, replicated, sharded in any of the known ways, or adapted by PEFT."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Generator
+from contextlib import closing
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,29 +16,29 @@ from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.base import WeightSource
 from twinkle_callbacks.sources.conversions import plan_conversions
 from twinkle_callbacks.sources.dtypes import sent_as
-from twinkle_callbacks.sources.names import checkpoint_tensors, loaded, select
-from twinkle_callbacks.sources.refusals import (
-    refuse_adapters,
-    refuse_missing_values,
-    refuse_sharding,
-    refuse_wrong_root,
-)
+from twinkle_callbacks.sources.gather import gathered
+from twinkle_callbacks.sources.holdings import Holdings
+from twinkle_callbacks.sources.names import select
+from twinkle_callbacks.sources.refusals import refuse_adapters, refuse_empty, refuse_wrong_root
+from twinkle_callbacks.sources.survey import survey
+from twinkle_callbacks.sources.units import Unit
 
 
 class _Kind(NamedTuple):
-    dtype: torch.dtype
+    made_of: tuple[str, ...]
     sent: torch.dtype
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{dtype_name(self.dtype)}{list(self.shape)}"
+        return " and ".join(self.made_of)
 
 
 class ModuleSource(WeightSource):
-    """Streams parameters and persistent buffers of a module; gathers one tensor at a time.
+    """Streams parameters and persistent buffers of a module, gathered bucket by bucket.
 
-    Sharded tensors are cast before they are gathered, which halves the traffic of fp32 masters and gives the same
-    values. Extra memory is the gathered tensor, or the few that one conversion of transformers needs together.
+    Tensors are cast before they are gathered, which halves the traffic of fp32 masters and gives the same values. Extra
+    memory on rank 0 is two buckets of 32 MiB (or larger tensors), and the few tensors that one conversion of
+    transformers needs together.
 
     Args:
         model: the module as the framework wrapped it.
@@ -50,16 +51,15 @@ class ModuleSource(WeightSource):
     """
 
     def __init__(self, model: nn.Module, *, module: str = "", dtype: torch.dtype | None = None) -> None:
-        refuse_sharding(model)
         self._root = model
         self._module = select(model, module)
         refuse_adapters(self._module)
         refuse_wrong_root(self._module)
         self._dtype = dtype
         self._keeps_fp32 = _fp32_names(self._module)
-        tensors = self._tensors()
-        refuse_missing_values(self._module, tensors)
-        self._kinds = self._kinds_of(tensors)
+        units = self._survey()
+        refuse_empty(self._module, units)
+        self._kinds = _kinds(units)
         metas = {name: torch.empty(kind.shape, dtype=kind.sent, device="meta") for name, kind in self._kinds.items()}
         self._plan = plan_conversions(self._module, metas)
         self._specs = [
@@ -67,43 +67,30 @@ class ModuleSource(WeightSource):
             for name, tensor in self._plan.stream(metas.items())
         ]
 
-    @property
-    def is_collective(self) -> bool:
-        dtensor = loaded("torch.distributed.tensor", "DTensor")
-        return any(isinstance(parameter, dtensor) for parameter in self._module.parameters())
-
     def specs(self) -> list[TensorSpec]:
         return list(self._specs)
 
+    def check(self) -> None:
+        self._unchanged()
+
     @torch.no_grad()
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        tensors = self._tensors()
-        self._check_unchanged(tensors)
-        full = ((name, _full(tensor.detach(), self._kinds[name].sent)) for name, tensor in tensors.items())
-        yield from self._plan.stream(full)
+    def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
+        with closing(_named(self._unchanged())) as named:
+            yield from self._plan.stream(named)
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        # After a forward pass that no backward followed, such as a validation, FSDP2 leaves the root's parameters
-        # unsharded, in the dtype of its mixed precision.
-        fsdp2 = loaded("torch.distributed.fsdp", "FSDPModule")
-        for child in self._root.modules():
-            if isinstance(child, fsdp2):
-                sharded: Any = child
-                sharded.reshard()
-        return checkpoint_tensors(self._module)
+    def _survey(self) -> list[Unit]:
+        return survey(self._module, Holdings(self._root), self._sent)
 
-    def _kinds_of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Kind]:
-        kinds = {}
-        for name, tensor in tensors.items():
-            kept = self._keeps_fp32 is not None and self._keeps_fp32.search(name) is not None
-            sent = tensor.dtype if kept else sent_as(tensor.dtype, self._dtype)
-            kinds[name] = _Kind(tensor.dtype, sent, tuple(tensor.shape))
-        return kinds
+    def _sent(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        kept = self._keeps_fp32 is not None and self._keeps_fp32.search(name) is not None
+        return dtype if kept else sent_as(dtype, self._dtype)
 
-    def _check_unchanged(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        before, now = self._kinds, self._kinds_of(tensors)
-        if now == before:
-            return
+    def _unchanged(self) -> list[Unit]:
+        """The module's units as they are now. Parameters may have been replaced, but not by others of another kind."""
+        units = self._survey()
+        before, now = self._kinds, _kinds(units)
+        if list(now.items()) == list(before.items()):
+            return units
         lines = [f"{name} is gone" for name in before if name not in now]
         lines += [f"{name} is new" for name in now if name not in before]
         lines += [
@@ -119,16 +106,21 @@ class ModuleSource(WeightSource):
         )
 
 
-def _full(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Casts a tensor, and gathers it where it is a DTensor, on the device of its mesh if it is offloaded to CPU."""
-    if not isinstance(tensor, loaded("torch.distributed.tensor", "DTensor")):
-        return tensor.to(dtype)
-    sharded: Any = tensor.to(dtype)
-    mesh_device = sharded.device_mesh.device_type
-    if tensor.device.type != mesh_device:
-        sharded = sharded.to(mesh_device)
-    full: torch.Tensor = sharded.full_tensor()
-    return full
+def _named(units: list[Unit]) -> Generator[tuple[str, torch.Tensor], None, None]:
+    with closing(gathered(units)) as arriving:
+        for unit, tensors in arriving:
+            built = list(unit.build(tensors))
+            del tensors
+            for output in unit.outputs:
+                yield output.name, built.pop(0)
+
+
+def _kinds(units: list[Unit]) -> dict[str, _Kind]:
+    return {
+        output.name: _Kind(tuple(str(wanted.handle) for wanted in unit.needs), output.dtype, output.shape)
+        for unit in units
+        for output in unit.outputs
+    }
 
 
 def _fp32_names(module: nn.Module) -> re.Pattern[str] | None:

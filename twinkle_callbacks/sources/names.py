@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from twinkle_callbacks.errors import SourceError
@@ -43,6 +42,8 @@ def _wrapped_by(module: nn.Module) -> nn.Module | None:
         attribute = "_orig_mod"
     elif isinstance(module, loaded("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper")):
         attribute = "_checkpoint_wrapped_module"
+    elif isinstance(module, loaded("torch.distributed.fsdp", "FullyShardedDataParallel")):
+        attribute = "_fsdp_wrapped_module"
     else:
         return None
     inner = getattr(module, attribute)
@@ -70,45 +71,7 @@ def canonical(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPER_COMPONENTS)
 
 
-def checkpoint_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns parameters and persistent buffers of an unwrapped module under canonical names, tied ones once.
-
-    The order is that of the module tree, so it is the same on every rank. Of tied names the one is kept that a
-    checkpoint has.
-
-    Raises:
-        SourceError: two tensors have the same canonical name, or a transformers model ties other weights than it
-            declares as tied.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    names: dict[int, list[str]] = {}
-    for name, tensor in _walk(module):
-        if tensors.setdefault(name, tensor) is not tensor:
-            raise SourceError(f"two different tensors are named {name!r} once wrappers are left out; rename one")
-        aliases = names.setdefault(id(tensor), [])
-        if name not in aliases:
-            aliases.append(name)
-    patterns = _tied_patterns(module)
-    strict = isinstance(module, loaded("transformers.modeling_utils", "PreTrainedModel"))
-    if strict:
-        _refuse_broken_ties(module, tensors)
-    kept = {_checkpoint_alias(aliases, patterns, strict) for aliases in names.values()}
-    unsaved = getattr(module, "_keys_to_ignore_on_save", None) or ()
-    return {name: tensor for name, tensor in tensors.items() if name in kept and name not in unsaved}
-
-
-def _walk(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, child in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                yield canonical(prefix + name), parameter
-        for name, buffer in child._buffers.items():
-            if buffer is not None and name not in child._non_persistent_buffers_set:
-                yield canonical(prefix + name), buffer
-
-
-def _tied_patterns(module: nn.Module) -> list[re.Pattern[str]]:
+def tied_patterns(module: nn.Module) -> list[re.Pattern[str]]:
     """Patterns of the names that transformers leaves out of a checkpoint where they share memory with another."""
     patterns = []
     for path, child in module.named_modules():
@@ -117,17 +80,28 @@ def _tied_patterns(module: nn.Module) -> list[re.Pattern[str]]:
     return patterns
 
 
-def _refuse_broken_ties(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def refuse_broken_ties(module: nn.Module, identities: Mapping[str, object]) -> None:
+    """Raises `SourceError` where a transformers model ties other weights than it declares as tied."""
     declared: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
     for name, source in declared.items():
-        if name in tensors and source in tensors and tensors[name] is not tensors[source]:
+        if name in identities and source in identities and identities[name] != identities[source]:
             raise SourceError(
                 f"{name} and {source} are declared as tied but are two parameters now, which train apart while "
                 f"rollouts use one for both; put them into one fully_shard() unit, or tie_weights() before sharding"
             )
 
 
-def _checkpoint_alias(aliases: list[str], patterns: list[re.Pattern[str]], strict: bool) -> str:
+def checkpoint_alias(aliases: list[str], patterns: list[re.Pattern[str]], strict: bool) -> str:
+    """Of the names of one tensor, the one that a checkpoint has.
+
+    Args:
+        aliases: the names, in the order of the module tree.
+        patterns: those of `tied_patterns`.
+        strict: whether ties that are not declared are an error, as they are for transformers.
+
+    Raises:
+        SourceError: no checkpoint can hold this tensor under one name.
+    """
     if len(aliases) == 1:
         return aliases[0]
     free = [name for name in aliases if not any(pattern.search(name) for pattern in patterns)]

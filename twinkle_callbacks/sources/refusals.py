@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.names import canonical, loaded
-
-_WORKS = "what works in this version: plain modules, DDP, FSDP2 (fully_shard) and DeepSpeed ZeRO-1/2"
-
-
-def refuse_sharding(root: nn.Module) -> None:
-    """Raises `SourceError` for FSDP1 and ZeRO-3, whose parameters are only pieces outside of their own contexts."""
-    fsdp1 = loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
-    flat = loaded("torch.distributed.fsdp", "FlatParameter")
-    if any(isinstance(child, fsdp1) for child in root.modules()):
-        raise SourceError(f"the module is sharded by FSDP1 (FullyShardedDataParallel); {_WORKS}")
-    for name, parameter in root.named_parameters():
-        if isinstance(parameter, flat):
-            raise SourceError(f"parameter {name!r} is a FlatParameter of FSDP1; {_WORKS}")
-        if hasattr(parameter, "ds_id"):
-            raise SourceError(f"parameter {name!r} is sharded by DeepSpeed ZeRO-3 (or zero.Init); {_WORKS}")
+from twinkle_callbacks.sources.units import Unit
 
 
 def refuse_adapters(module: nn.Module) -> None:
@@ -59,17 +44,10 @@ def refuse_wrong_root(module: nn.Module) -> None:
     )
 
 
-def refuse_missing_values(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises `SourceError` where there are no parameters, or some have no values yet."""
-    if next(module.parameters(), None) is None:
+def refuse_empty(module: nn.Module, units: Sequence[Unit]) -> None:
+    """Raises `SourceError` where there is nothing to stream."""
+    buffers = {canonical(name) for name, _ in module.named_buffers()}
+    if all(output.name in buffers for unit in units for output in unit.outputs):
         raise SourceError(
             f"{type(module).__name__} has no parameters; pass the module that is trained, or set module=..."
         )
-    for name, tensor in tensors.items():
-        if nn.parameter.is_lazy(tensor):
-            raise SourceError(f"{name!r} is not initialized yet; run one forward pass before training starts")
-        if tensor.device.type == "meta":
-            raise SourceError(
-                f"{name!r} is on the meta device and has no values; load the weights first (parameters that accelerate "
-                f"offloads to CPU or disk by hooks cannot be streamed)"
-            )

@@ -1,0 +1,88 @@
+"""FSDP1 (`FullyShardedDataParallel`): each unit's parameters lie flattened, one after another, in a sharded buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources.handles import LEADER, Handle, of_other_ranks, ranges, sharded
+from twinkle_callbacks.sources.names import loaded
+
+Place = tuple[int, str]
+"""A module's id and the name of one of its parameters."""
+
+
+def handles(root: nn.Module) -> dict[Place, Handle]:
+    """The handles of all parameters that FSDP1 holds anywhere in `root`, those of tied ones shared. Local.
+
+    Reads the shard itself (the fp32 one under mixed precision, the one on the CPU if it is offloaded), so nothing is
+    unsharded. How it is laid out: torch/distributed/fsdp/_flat_param.py, `FlatParamHandle`.
+
+    Raises:
+        SourceError: FSDP1 over tensor parallelism, whose parts are no plain tensors.
+    """
+    found: dict[Place, Handle] = {}
+    for unit in root.modules():
+        if isinstance(unit, loaded("torch.distributed.fsdp", "FullyShardedDataParallel")):
+            flat = getattr(unit, "_handle", None)
+            if flat is not None:
+                found.update(_of_unit(flat))
+    return found
+
+
+def is_flat(parameter: torch.Tensor) -> bool:
+    """Whether this is the buffer itself, which is no parameter of the policy."""
+    return getattr(parameter, "_is_flat_param", False)
+
+
+def refuse_part(name: str, parameter: torch.Tensor) -> None:
+    """Raises `SourceError` for a flattened parameter whose unit is not at hand: nobody could tell which part it is."""
+    if getattr(parameter, "_fsdp_flattened", False) or is_flat(parameter):
+        raise SourceError(
+            f"{name!r} is a part of a parameter of FSDP1 (FullyShardedDataParallel), whose wrapper is outside of the "
+            f"module given; pass the whole wrapped module, and the path of the policy inside it as module=..."
+        )
+
+
+def _of_unit(flat: Any) -> Iterator[tuple[Place, Handle]]:
+    parameter = flat.flat_param
+    if any(extension is not None for extension in parameter._param_extensions):
+        raise SourceError(
+            f"{parameter._fqns[0]!r}: FSDP1 (FullyShardedDataParallel) over tensor parallelism cannot be streamed; "
+            f"use fully_shard()"
+        )
+    starts = [start for start, _ in flat._get_flat_param_offsets()]
+    spans = [start for start, padding in zip(starts, parameter._is_padding_mask, strict=True) if not padding]
+    own: dict[Place, Handle] = {}
+    for info, fqn, shape, numel, start in zip(
+        parameter._param_infos, parameter._fqns, parameter._shapes, parameter._numels, spans, strict=True
+    ):
+        own[id(info.module), info.param_name] = _handle(flat, fqn, tuple(shape), start, start + numel)
+    yield from own.items()
+    for info in parameter._shared_param_infos:
+        yield (id(info.module), info.param_name), own[id(info.prim_module), info.prim_param_name]
+
+
+def _handle(flat: Any, name: str, shape: tuple[int, ...], start: int, stop: int) -> Handle:
+    dtype = _shard(flat).dtype
+    if not flat.uses_sharded_strategy:
+        return Handle(dtype, shape, lambda: _shard(flat)[start:stop].view(shape))
+    ranks = torch.distributed.get_process_group_ranks(flat.process_group)
+    rank = torch.distributed.get_rank()
+    if LEADER not in ranks:
+        return of_other_ranks(dtype, shape)
+    chunk = _shard(flat).numel()
+    blocks = ranges(ranks, chunk, start, stop)
+    first = max(start, ranks.index(rank) * chunk) - ranks.index(rank) * chunk
+    size = blocks[rank].numel if rank in blocks else 0
+    return sharded(name, dtype, shape, lambda: _shard(flat)[first : first + size], blocks, (stop - start,))
+
+
+def _shard(flat: Any) -> torch.Tensor:
+    # Set by the first forward pass; until then the parameter is the shard.
+    shard: torch.Tensor = getattr(flat.flat_param, "_local_shard", flat.flat_param)
+    return shard.detach()

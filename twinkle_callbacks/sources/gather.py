@@ -1,0 +1,274 @@
+"""The gather: what the ranks hold comes together on rank 0, in bounded memory, the next bucket while this one is used.
+
+    units  ->  buckets of about 32 MiB, the same on every rank
+               rank r:  its blocks of a bucket, cast, the small ones packed into one message  -- isend -->
+               rank 0:  receives into the full tensors where a block lies in one piece there, else beside them
+
+Only rank 0 sends the policy on, so only it gets the tensors. Each element travels once, from the one rank that holds it
+(an all-gather would bring it to every rank). All messages go point to point through the default group, which every
+strategy has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from twinkle_callbacks.buckets.packing import as_bytes, copyable, nbytes_of, view_at
+from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources.handles import LEADER, Block
+from twinkle_callbacks.sources.units import Unit, Wanted
+
+BUCKET_BYTES = 32 << 20
+"""Full tensors gathered at a time; a larger tensor has a bucket of its own."""
+
+PACKED_BYTES = 1 << 20
+"""Blocks below this size share a message: waiting for each would cost more than copying it."""
+
+_ALIGNMENT_BYTES = 16
+
+
+def gathered(units: Sequence[Unit]) -> Generator[tuple[Unit, list[torch.Tensor]], None, None]:
+    """Yields each unit with the full tensors that it needs. Collective wherever a needed tensor is sharded.
+
+    Every rank must go through all of it with equivalent units; only rank 0 gets anything. Tensors that are not sharded
+    are views of the module's memory where no cast is needed; none may be written to. At most two buckets, the current
+    and the next one, are in memory, besides what the caller keeps.
+
+    Ending early (`close()`, or an error on rank 0) still takes part to the end, so that no other rank waits for ever.
+    For the same reason a rank that cannot read what it holds sends zeros, and raises when all is over.
+    """
+    buckets = _in_buckets([wanted for unit in units for wanted in unit.needs if wanted.handle.is_sharded])
+    if _rank() != LEADER:
+        _send(buckets)
+        return
+    arriving = _Arriving(buckets)
+    try:
+        for unit in units:
+            tensors = [arriving.take() if wanted.handle.is_sharded else _own(wanted) for wanted in unit.needs]
+            yield unit, tensors
+            del tensors
+    finally:
+        arriving.drain()
+
+
+def _own(wanted: Wanted) -> torch.Tensor:
+    return wanted.handle.local().to(wanted.dtype)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else LEADER
+
+
+def _in_buckets(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+    buckets: list[list[Wanted]] = []
+    room = 0
+    for one in wanted:
+        if not buckets or one.nbytes > room:
+            buckets.append([])
+            room = BUCKET_BYTES
+        buckets[-1].append(one)
+        room -= one.nbytes
+    return buckets
+
+
+class _Part(NamedTuple):
+    """A rank's block of one tensor of a bucket, and where it lies in its message."""
+
+    which: int
+    block: Block
+    offset: int
+    nbytes: int
+
+
+def _messages(bucket: Sequence[Wanted], rank: int) -> list[list[_Part]]:
+    """What `rank` sends for a bucket: each large block alone, then all small ones together."""
+    alone: list[list[_Part]] = []
+    packed: list[_Part] = []
+    end = 0
+    for index, (handle, dtype) in enumerate(bucket):
+        block = handle.blocks.get(rank)
+        if block is None or not block.numel:
+            continue
+        nbytes = nbytes_of(dtype, block.shape)
+        if nbytes >= PACKED_BYTES:
+            alone.append([_Part(index, block, 0, nbytes)])
+        else:
+            packed.append(_Part(index, block, end, nbytes))
+            end = -(-(end + nbytes) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return [*alone, packed] if packed else alone
+
+
+# The ranks that hold
+
+
+def _send(buckets: Sequence[Sequence[Wanted]]) -> None:
+    """Sends this rank's blocks of every bucket, at most two buckets at a time."""
+    failure: Exception | None = None
+    under_way: list[tuple[list[torch.Tensor], list[dist.Work]]] = []
+    for bucket in buckets:
+        outgoing = []
+        for parts in _messages(bucket, dist.get_rank()):
+            try:
+                if failure is not None:
+                    raise failure
+                message = _message(bucket, parts)
+            except Exception as error:  # whatever a module's own tensors raise; the others must not wait for it
+                failure = error
+                message = torch.zeros(_length(parts), dtype=torch.uint8, device=_wire_device())
+            outgoing.append(message)
+        under_way.append((outgoing, _start([dist.P2POp(dist.isend, message, LEADER) for message in outgoing])))
+        if len(under_way) == 2:
+            _wait(under_way.pop(0)[1])
+    for _, works in under_way:
+        _wait(works)
+    if failure is not None:
+        raise failure
+
+
+def _message(bucket: Sequence[Wanted], parts: Sequence[_Part]) -> torch.Tensor:
+    if len(parts) == 1:
+        handle, dtype = bucket[parts[0].which]
+        return as_bytes(_checked(handle.local(), parts[0].block).to(_wire_device(), dtype))
+    message = torch.empty(_length(parts), dtype=torch.uint8, device=_wire_device())
+    for index, block, offset, _ in parts:
+        handle, dtype = bucket[index]
+        _copy(view_at(message, offset, dtype, block.shape), _checked(handle.local(), block))
+    return message
+
+
+def _checked(local: torch.Tensor, block: Block) -> torch.Tensor:
+    if tuple(local.shape) != block.shape:
+        raise SourceError(
+            f"a rank's part was {list(block.shape)} when the source was opened and is {list(local.shape)}"
+        )
+    return local
+
+
+# The rank that gathers
+
+
+class _Arriving:
+    """The full tensors in the order of the buckets, two of which are under way or in use."""
+
+    def __init__(self, buckets: Sequence[Sequence[Wanted]]) -> None:
+        self._waiting = list(reversed(buckets))
+        self._current: _Bucket | None = None
+        self._broken = False
+        self._next = self._begin()
+
+    def _begin(self) -> _Bucket | None:
+        bucket = _Bucket(self._waiting[-1]) if self._waiting else None
+        if bucket is not None:
+            self._waiting.pop()
+        return bucket
+
+    def take(self) -> torch.Tensor:
+        """Returns the next tensor."""
+        if self._current is None or self._current.is_used_up:
+            self._current = None  # before more memory is taken
+            self._advance()
+        assert self._current is not None
+        return self._current.take()
+
+    def _advance(self) -> None:
+        assert self._next is not None
+        self._broken = True  # unless this wait succeeds: with a link gone there is nothing to drain
+        self._next.wait()
+        self._broken = False
+        self._current, self._next = self._next, None
+        self._next = self._begin()
+
+    def drain(self) -> None:
+        """Receives what is still to come, and drops it."""
+        self._current = None
+        while not self._broken and (self._next or self._waiting):
+            self._next = self._next or self._begin()
+            self._advance()
+            self._current = None
+
+
+class _Bucket:
+    """One bucket on rank 0: receives are posted when it is made, tensors are put together when they are taken."""
+
+    def __init__(self, bucket: Sequence[Wanted]) -> None:
+        self._bucket = bucket
+        self._taken = 0
+        self._full: dict[int, torch.Tensor] = {}
+        self._beside: dict[int, list[tuple[Block, torch.Tensor]]] = {}
+        receives = []
+        for rank in sorted({rank for handle, _ in bucket for rank in handle.blocks} - {LEADER}):
+            for parts in _messages(bucket, rank):
+                receives.append(dist.P2POp(dist.irecv, self._landing(parts), rank))
+        self._works = _start(receives)
+
+    def _landing(self, parts: Sequence[_Part]) -> torch.Tensor:
+        """Where a message goes: into the full tensor if it is one block that lies in one piece there."""
+        first = parts[0]
+        if len(parts) == 1 and first.nbytes >= PACKED_BYTES:
+            place = self._place(first.which, first.block)
+            if place.is_contiguous():
+                return place.view(-1).view(torch.uint8)
+        message = torch.empty(_length(parts), dtype=torch.uint8, device=_wire_device())
+        for index, block, offset, _ in parts:
+            piece = view_at(message, offset, self._bucket[index].dtype, block.shape)
+            self._beside.setdefault(index, []).append((block, piece))
+        return message
+
+    def _place(self, index: int, block: Block) -> torch.Tensor:
+        handle, dtype = self._bucket[index]
+        if index not in self._full:
+            self._full[index] = torch.empty(handle.shape, dtype=dtype, device=_wire_device())
+        return self._full[index].view(handle.grid)[block.slices]
+
+    def wait(self) -> None:
+        _wait(self._works)
+
+    @property
+    def is_used_up(self) -> bool:
+        return self._taken == len(self._bucket)
+
+    def take(self) -> torch.Tensor:
+        index, handle = self._taken, self._bucket[self._taken].handle
+        self._taken += 1
+        for block, piece in self._beside.pop(index, ()):
+            _copy(self._place(index, block), piece)
+        if (own := handle.blocks.get(LEADER)) is not None:
+            _copy(self._place(index, own), handle.local())
+        elif index not in self._full:
+            self._place(index, Block((0,) * len(handle.grid), handle.grid))  # without elements
+        return self._full.pop(index)
+
+
+# Both
+
+
+def _length(parts: Sequence[_Part]) -> int:
+    return parts[-1].offset + parts[-1].nbytes
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies into a view of the same shape, casting on the way."""
+    if target.dtype == source.dtype:
+        target, source = copyable(target), copyable(source)
+    target.copy_(source)
+
+
+def _start(operations: list[dist.P2POp]) -> list[dist.Work]:
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _wire_device() -> torch.device:
+    """Where messages live: on this rank's accelerator if the default group can send from there, else in host memory."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or f"{accelerator.type}:" not in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -1,0 +1,84 @@
+"""What each module of a tree holds, whatever shards it: the one place that tells the kinds of sharding apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources import fsdp1, zero3
+from twinkle_callbacks.sources.handles import Handle, whole
+from twinkle_callbacks.sources.names import canonical, loaded
+
+
+class Holdings:
+    """The tensors of every module below `root`. Made for one stream: a later one may find others.
+
+    Args:
+        root: the module as the framework wrapped it, since sharding may be rooted above the policy.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        _reshard(root)
+        self._paths = {id(module): canonical(path) for path, module in root.named_modules()}
+        self._flat = fsdp1.handles(root)
+        self._flat_names: dict[int, list[str]] = {}
+        for module, name in self._flat:
+            self._flat_names.setdefault(module, []).append(name)
+        self._handles: dict[int, Handle] = {}
+
+    def tensors(self, module: nn.Module) -> Iterator[tuple[str, Handle]]:
+        """Yields name and handle of the parameters and buffers of exactly this module, tied ones with one handle."""
+        registered = [
+            name
+            for name, value in module._parameters.items()
+            if value is not None and not (self._flat and fsdp1.is_flat(value))
+        ]
+        flat = [name for name in self._flat_names.get(id(module), ()) if name not in registered]
+        buffers = [name for name, value in module._buffers.items() if value is not None]
+        for name in registered + flat + buffers:
+            yield name, self.handle(module, name)
+
+    def handle(self, module: nn.Module, name: str) -> Handle:
+        """The handle of a parameter or buffer of exactly this module.
+
+        Raises:
+            SourceError: it has no values, or is sharded in a way that cannot be streamed.
+        """
+        if (id(module), name) in self._flat:
+            return self._flat[id(module), name]
+        tensor: torch.Tensor = getattr(module, name)
+        if id(tensor) not in self._handles:
+            path = ".".join(filter(None, (self._paths.get(id(module), ""), name)))
+            self._handles[id(tensor)] = _handle(path, tensor)
+        return self._handles[id(tensor)]
+
+
+def _handle(name: str, tensor: Any) -> Handle:
+    if nn.parameter.is_lazy(tensor):
+        raise SourceError(f"{name!r} is not initialized yet; run one forward pass before training starts")
+    fsdp1.refuse_part(name, tensor)
+    if zero3.is_partitioned(tensor):
+        return zero3.handle(name, tensor)
+    if tensor.device.type == "meta":
+        raise SourceError(
+            f"{name!r} is on the meta device and has no values; load the weights first (parameters that accelerate "
+            f"offloads to CPU or disk by hooks cannot be streamed)"
+        )
+    if isinstance(tensor, loaded("torch.distributed.tensor", "DTensor")):
+        from twinkle_callbacks.sources import dtensor
+
+        return dtensor.handle(name, tensor)
+    return whole(tensor)
+
+
+def _reshard(root: nn.Module) -> None:
+    # After a forward pass that no backward followed, such as a validation, FSDP2 leaves the root's parameters
+    # unsharded, in the dtype of its mixed precision.
+    for module in root.modules():
+        if isinstance(module, loaded("torch.distributed.fsdp", "FSDPModule")):
+            sharded: Any = module
+            sharded.reshard()
