@@ -18,9 +18,10 @@ PYTEST  := $(BIN)/python -m pytest
 # Two workers: the cores of a small machine. Tests that start processes of their own run one at a time instead.
 UNIT    := $(PYTEST) --numprocesses 2 --dist loadfile --durations=5 tests/unit
 BENCH   ?= --engine gloo --json runs/bench_engine.json
+BENCH_GATHER ?= --json runs/bench_gather.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-distributed test-vllm lint format bench clean clean-venv
+.PHONY: help setup demo test test-fast test-distributed test-vllm lint format bench bench-gather clean clean-venv
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +57,10 @@ format: $(STAMP)  ## let ruff fix and format what it can
 bench: $(STAMP)  ## engine benchmark against raw Gloo; other arguments with BENCH=...
 	@mkdir -p runs
 	$(BIN)/python benchmarks/bench_engine.py $(BENCH)
+
+bench-gather: $(STAMP)  ## gathering benchmark against what users do today; other arguments with BENCH_GATHER=...
+	@mkdir -p runs
+	$(BIN)/python benchmarks/bench_gather.py $(BENCH_GATHER)
 
 clean:  ## remove caches and the results in runs/
 	rm -rf runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

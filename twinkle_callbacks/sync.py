@@ -169,7 +169,7 @@ class WeightSynchronizer:
 
         def opened() -> tuple[WeightSource, list[TensorSpec]]:
             source = open_source(self._model, module=self.settings.module, dtype=wanted)
-            return source, source.specs()
+            return source, source.specs() if self._group.size > 1 else []
 
         source, specs = self._agreed(opened)
         leading = self._group.share(msgspec.msgpack.encode(specs) if self._group.is_leader else None)

@@ -67,7 +67,10 @@ class GatheringSynchronizer(RecordingSynchronizer):
 
 
 def gathered(model: torch.nn.Module, module: str = "policy") -> Weights:
-    return {name: tensor.clone() for name, tensor in open_source(model, module=module).stream()}
+    """What rank 0 streams, on every rank, so that each can tell a real step from none."""
+    weights = [{name: tensor.clone() for name, tensor in open_source(model, module=module).stream()}]
+    dist.broadcast_object_list(weights)
+    return weights[0]
 
 
 class WithLoss(torch.nn.Module):

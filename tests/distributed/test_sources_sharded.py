@@ -1,4 +1,4 @@
-"""Two real processes: DDP and FSDP2 stream, on every rank and in one order, what one process alone would.
+"""Two real processes: DDP and FSDP2 stream, on rank 0 alone, what one process alone would.
 
 Run as a script, this file is one rank; each case there compares with a reference built from the same seed.
 """
@@ -6,12 +6,12 @@ Run as a script, this file is one rank; each case there compares with a referenc
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,7 +21,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.launch import run_ranks
 from tests.tiny_models import KINDS, build
@@ -35,26 +34,12 @@ Pairs = list[tuple[str, torch.Tensor]]
 # The test's side
 
 
-def test_ddp_streams_the_same_on_every_rank() -> None:
-    assert_ranks_agree("ddp")
-
-
-def test_fsdp2_streams_what_a_single_process_would_on_every_rank() -> None:
-    assert_ranks_agree("fsdp2")
-
-
-def test_other_dtensors_are_gathered_too() -> None:
-    assert_ranks_agree("dtensor")
-
-
-def assert_ranks_agree(group: str) -> None:
-    first, second = (digests(log) for log in run_ranks(Path(__file__), WORLD, 240, {"GROUP": group}))
-    assert [line.split()[0] for line in first] == list(GROUPS[group])
-    assert first == second
-
-
-def digests(log: str) -> list[str]:
-    return [line.removeprefix("digest ") for line in log.splitlines() if line.startswith("digest ")]
+@pytest.mark.parametrize("group", ["ddp", "fsdp2", "dtensor"])
+def test_rank_0_streams_what_a_single_process_would_and_the_others_nothing(group: str) -> None:
+    for rank, log in enumerate(run_ranks(Path(__file__), WORLD, 240, {"GROUP": group})):
+        ended = [line.split() for line in log.splitlines() if line.startswith("streamed ")]
+        assert [case for _, case, _ in ended] == list(GROUPS[group])
+        assert all((int(tensors) > 0) == (rank == 0) for _, _, tensors in ended)
 
 
 # A rank's side
@@ -63,7 +48,9 @@ def digests(log: str) -> list[str]:
 def drained(source: WeightSource) -> Pairs:
     pairs = [(name, tensor.clone()) for name, tensor in source.stream()]
     specs = [(spec.name, spec.dtype, spec.shape) for spec in source.specs()]
-    assert specs == [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in pairs]
+    assert dist.get_rank() or specs == [
+        (name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in pairs
+    ]
     assert not any(isinstance(tensor, DTensor) for _, tensor in pairs)
     return pairs
 
@@ -128,20 +115,19 @@ def fsdp2_mixed_precision() -> Pairs:
 
 
 def fsdp2_casts_before_the_gather() -> Pairs:
-    class Gathers(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.dtypes: set[torch.dtype] = set()
+    model, sent = shard(build("qwen3_moe"), HALF), []
+    source, start = open_source(model, dtype=torch.bfloat16), dist.batch_isend_irecv
+    with pytest.MonkeyPatch.context() as patch:
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if "all_gather_into_tensor" in str(func):
-                self.dtypes.add(args[0].dtype)
-            return func(*args, **(kwargs or {}))
+        def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
+            sent.extend(each.tensor.numel() for each in operations if each.op is dist.isend)
+            return start(operations)
 
-    source = open_source(shard(build("qwen3_moe"), HALF), dtype=torch.bfloat16)
-    with Gathers() as gathers:
+        patch.setattr(dist, "batch_isend_irecv", counted)
         got = drained(source)
-    assert gathers.dtypes == {torch.bfloat16}
+    parts = [parameter.to_local().numel() for parameter in model.parameters()]
+    half = sum(2 * numel for numel in parts) if dist.get_rank() else 0
+    assert half <= sum(sent) <= half + 16 * len(parts), "each element of the other rank travels once, as bfloat16"
     assert_equal(got, reference(build("qwen3_moe"), torch.bfloat16))
     return got
 
@@ -178,7 +164,7 @@ def fsdp2_against_torchs_own_state_dict() -> Pairs:
     want = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     want = {name: want[name] if want else None for name, _ in build("qwen3").named_parameters()}
     got = drained(open_source(model))
-    assert_equal(got, want.items())
+    assert_equal(got, {} if dist.get_rank() else want.items())
     return got
 
 
@@ -198,8 +184,8 @@ def sharded_buffer() -> Pairs:
     table = torch.arange(10.0).reshape(5, 2)
     module.register_buffer("table", distribute_tensor(table, init_device_mesh("cpu", (WORLD,)), [Shard(0)]))
     got = drained(open_source(module, dtype=torch.bfloat16))
-    assert torch.equal(dict(got)["table"], table.to(torch.bfloat16))
-    return [("table", dict(got)["table"])]
+    assert dist.get_rank() or torch.equal(dict(got)["table"], table.to(torch.bfloat16))
+    return got
 
 
 GROUPS: dict[str, dict[str, Callable[[], Pairs]]] = {
@@ -221,11 +207,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     for case, run in GROUPS[os.environ["GROUP"]].items():
         print("case", case)
-        digest = hashlib.sha256()
-        for name, tensor in run():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        print("digest", case, digest.hexdigest())
+        print("streamed", case, len(run()))
         dist.barrier()
     dist.destroy_process_group()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -81,38 +80,6 @@ def test_model_with_parameters_of_its_own_around_a_transformers_model_is_its_own
     names = [spec.name for spec in open_source(LitModule(backbone=build("gpt2"), head=nn.Linear(2, 2))).specs()]
     assert names[0].startswith("backbone.transformer.")
     assert names[-1] == "head.bias"
-
-
-class TestAdapters:
-    ADVICE = (
-        r"LoRA merging is not available in this version; merge it yourself with merge_and_unload\(\), or train full"
-    )
-
-    def lora(self) -> peft.LoraConfig:
-        return peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-
-    def test_peft_model(self) -> None:
-        model = peft.get_peft_model(build("qwen3"), self.lora())
-        with pytest.raises(SourceError, match=f"the module is a PEFT PeftModelForCausalLM: {self.ADVICE}"):
-            open_source(model)
-
-    def test_peft_model_inside_a_holder(self) -> None:
-        model = peft.get_peft_model(build("qwen3"), self.lora())
-        with pytest.raises(SourceError, match=r"net is a PEFT PeftModelForCausalLM"):
-            open_source(LitModule(net=model))
-
-    def test_adapter_layers_injected_without_a_peft_model(self) -> None:
-        model = peft.inject_adapter_in_model(self.lora(), build("qwen3"))
-        with pytest.raises(SourceError, match=rf"model.layers.0.self_attn.q_proj is a PEFT Linear: {self.ADVICE}"):
-            open_source(model)
-
-    def test_merged_model_is_streamed(self) -> None:
-        merged = peft.get_peft_model(build("qwen3"), self.lora()).merge_and_unload()
-        assert [s.name for s in open_source(merged).specs()] == [s.name for s in open_source(build("qwen3")).specs()]
-
-    def test_policy_beside_an_adapter_is_streamed(self) -> None:
-        other = peft.get_peft_model(build("qwen3"), self.lora())
-        assert open_source(LitModule(policy=build("qwen3"), reference=other), module="policy").specs()
 
 
 @pytest.mark.usefixtures("gloo_of_one")

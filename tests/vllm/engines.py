@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6], [20, 30, 40, 50, 60]]
 TOKENS = 10
@@ -71,6 +72,13 @@ def server_version(url: str) -> str:
 def fresh_answers(folder: Path, prompts: list[list[int]] = PROMPTS) -> Answers:
     """What an engine answers that loads the folder's weights itself: the reference that knows nothing of a sync."""
     return answers(make_llm(folder, synced=False), prompts)
+
+
+def assert_same(got: Answers, wanted: Answers) -> None:
+    """Same tokens; logprobs to float32 rounding, since a server may batch requests differently."""
+    assert [tokens for tokens, _ in got] == [tokens for tokens, _ in wanted]
+    for (_, ours), (_, theirs) in zip(got, wanted, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5)
 
 
 def release() -> None:

@@ -17,7 +17,16 @@ import torch
 from tests.distributed.launch import run_ranks
 from tests.tiny_models import build
 from tests.vllm.conftest import Server
-from tests.vllm.engines import Answers, answers, fresh_answers, make_llm, release, server_answers, server_version
+from tests.vllm.engines import (
+    Answers,
+    answers,
+    assert_same,
+    fresh_answers,
+    make_llm,
+    release,
+    server_answers,
+    server_version,
+)
 from twinkle_callbacks import WeightSynchronizer
 from twinkle_callbacks.buckets.layout import TensorSpec
 from twinkle_callbacks.errors import (
@@ -44,13 +53,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Answers]
         fresh.append(fresh_answers(folder / str(seed)))
     yield fresh
     release()
-
-
-def assert_same(got: Answers, wanted: Answers) -> None:
-    """Same tokens; logprobs to float32 rounding, since a server may batch requests differently."""
-    assert [tokens for tokens, _ in got] == [tokens for tokens, _ in wanted]
-    for (_, ours), (_, theirs) in zip(got, wanted, strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-5)
 
 
 def test_server_answers_like_a_fresh_load_after_each_push(vllm_server: Server, expected: list[Answers]) -> None:

@@ -19,7 +19,7 @@ from twinkle_callbacks.sources.dtypes import sent_as
 from twinkle_callbacks.sources.gather import gathered
 from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.names import select
-from twinkle_callbacks.sources.refusals import refuse_adapters, refuse_empty, refuse_wrong_root
+from twinkle_callbacks.sources.refusals import refuse_empty, refuse_wrong_root
 from twinkle_callbacks.sources.survey import survey
 from twinkle_callbacks.sources.units import Unit
 
@@ -53,7 +53,6 @@ class ModuleSource(WeightSource):
     def __init__(self, model: nn.Module, *, module: str = "", dtype: torch.dtype | None = None) -> None:
         self._root = model
         self._module = select(model, module)
-        refuse_adapters(self._module)
         refuse_wrong_root(self._module)
         self._dtype = dtype
         self._keeps_fp32 = _fp32_names(self._module)

@@ -44,6 +44,9 @@ def _wrapped_by(module: nn.Module) -> nn.Module | None:
         attribute = "_checkpoint_wrapped_module"
     elif isinstance(module, loaded("torch.distributed.fsdp", "FullyShardedDataParallel")):
         attribute = "_fsdp_wrapped_module"
+    elif isinstance(module, loaded("peft", "PeftModel")):
+        base: nn.Module = module.get_base_model()
+        return base
     else:
         return None
     inner = getattr(module, attribute)

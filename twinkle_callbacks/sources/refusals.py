@@ -11,17 +11,6 @@ from twinkle_callbacks.sources.names import canonical, loaded
 from twinkle_callbacks.sources.units import Unit
 
 
-def refuse_adapters(module: nn.Module) -> None:
-    """Raises `SourceError` where PEFT holds part of the policy's weights."""
-    kinds = loaded("peft", "PeftModel") + loaded("peft.tuners.tuners_utils", "BaseTunerLayer")
-    for path, child in module.named_modules():
-        if isinstance(child, kinds):
-            raise SourceError(
-                f"{canonical(path) or 'the module'} is a PEFT {type(child).__name__}: LoRA merging is not available in "
-                f"this version; merge it yourself with merge_and_unload(), or train full weights"
-            )
-
-
 def refuse_wrong_root(module: nn.Module) -> None:
     """Raises `SourceError` where every parameter lies in transformers models below `module`, which is none itself.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources import merging
 from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.names import canonical, checkpoint_alias, loaded, refuse_broken_ties, tied_patterns
 from twinkle_callbacks.sources.units import Output, Sent, Unit, Wanted
@@ -49,6 +50,12 @@ def survey(module: nn.Module, holdings: Holdings, sent: Sent) -> list[Unit]:
 
 
 def _walk(module: nn.Module, path: str, holdings: Holdings, sent: Sent) -> Iterator[Unit]:
+    while merging.is_part(module):
+        inner = merging.stand_in(module)
+        if inner is None:
+            yield merging.merged(canonical(path).rstrip("."), module, holdings, sent)
+            return
+        module = inner
     for name, handle in holdings.tensors(module):
         if name not in module._non_persistent_buffers_set:
             full = canonical(path + name)

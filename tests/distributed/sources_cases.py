@@ -1,0 +1,123 @@
+"""One of the ranks of the conformance test: every case of $KINDS in turn, whatever fails.
+
+Each prints `result KIND CASE ok`, or the error, and all ranks go on together; a rank that stays behind in a gather is
+ended by the deadline of the test.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests import peft_cases
+from tests.distributed.sources_checks import conforms, saved, saved_adapter
+from tests.distributed.sources_sharding import Tensors, layers, shard
+from tests.tiny_models import VOCAB, build
+from twinkle_callbacks.sources import open_source
+
+GROUP_TIMEOUT_S = 60.0
+
+
+class Case(NamedTuple):
+    """A policy, whether one of its kind's kinds of stream is of the adapter alone, and what that stream has to be."""
+
+    build: Callable[[], Any]
+    adapter_only: bool = False
+    want: Callable[[Any], Tensors] = saved
+
+
+def merged(name: str) -> Case:
+    return Case(lambda: peft_cases.CASES[name](torch.float32))
+
+
+def adapter(name: str) -> Case:
+    return Case(lambda: peft_cases.CASES[name](torch.float32), True, saved_adapter)
+
+
+def frozen() -> nn.Module:
+    policy = build("qwen3")
+    layers(policy)[0].requires_grad_(False)
+    return policy
+
+
+CASES: dict[str, Case] = {
+    "full": Case(lambda: build("qwen3", attention_bias=True)),
+    "uneven": Case(lambda: build("llama", vocab_size=67, intermediate_size=194)),
+    "tied": Case(lambda: build("llama")),
+    "tied gpt2": Case(lambda: build("gpt2")),
+    "frozen": Case(frozen),
+    "moe": Case(lambda: build("qwen3_moe")),
+    "moe mixtral": Case(lambda: build("mixtral")),
+    "lora merged": merged("lora"),
+    "lora merged two active": merged("lora_two_active"),
+    "lora merged modules to save": merged("modules_to_save"),
+    "lora merged tied tokens": merged("trainable_tokens_tied"),
+    "dora merged": merged("dora"),
+    "moe lora merged": merged("moe_experts"),
+    "adapter only": adapter("lora"),
+    "adapter only moe": adapter("moe_experts"),
+}
+
+KINDS_OF_TWO = ["ddp", "fsdp1", "fsdp1_flat", "fsdp2", "tp", "zero1", "zero2", "zero3"]
+KINDS_OF_FOUR = ["fsdp2_tp", "hsdp"]
+CASES_OF_FOUR = ["full", "tied", "moe"]
+UNFIT = {
+    ("tp", "tied gpt2"): "its fused projections are no nn.Linear, which torch's plans cut",
+}
+"""What a framework itself cannot hold or train: (kind, case) -> why."""
+
+
+def source_of(case: Case) -> Callable[[Any, torch.dtype | None], Any]:
+    if not case.adapter_only:
+        return lambda model, dtype: open_source(model, dtype=dtype)
+    from twinkle_callbacks.sources.adapter import AdapterSource
+
+    return lambda model, dtype: AdapterSource(model, dtype=dtype)
+
+
+def run(kind: str, case: Case) -> None:
+    trained = shard(kind, case.build())
+    same_on_all_ranks = "tp" in kind
+    generator = torch.Generator().manual_seed(0 if same_on_all_ranks else dist.get_rank())
+    trained.step(torch.randint(0, VOCAB, (1, 8), generator=generator))
+    assert trained.optimizer_state(), "no optimizer state to protect"
+    conforms(trained, case.build, source_of(case), case.want)
+
+
+def _of_all_ranks(case: str, outcome: str) -> str:
+    """The first outcome that is not ok. Through the store: a collective would meet those that a rank left behind."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{case}/{dist.get_rank()}", outcome)
+    outcomes = [store.get(f"{case}/{rank}").decode() for rank in range(dist.get_world_size())]
+    return next((f"rank {rank}: {each}" for rank, each in enumerate(outcomes) if each != "ok"), "ok")
+
+
+def main() -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
+    failed = False
+    for kind, name in product(os.environ["KINDS"].split(","), os.environ["CASES"].split(",")):
+        if (kind, name) not in UNFIT:
+            try:
+                run(kind, CASES[name])
+                outcome = "ok"
+            except Exception as error:  # every case has its say; the test fails for any
+                traceback.print_exc()
+                outcome = f"{type(error).__name__}: {error}".splitlines()[0]
+            outcome = _of_all_ranks(f"{kind}/{name}", outcome)
+            print(f"result {kind} | {name} | {outcome}", flush=True)
+            failed |= outcome != "ok"
+    dist.destroy_process_group()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

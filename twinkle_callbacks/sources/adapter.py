@@ -1,0 +1,208 @@
+"""The source over an adapter alone: what PEFT saves of it, for rollouts that serve the base and adapters apart."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from twinkle_callbacks.buckets.layout import TensorSpec
+from twinkle_callbacks.buckets.packing import dtype_name
+from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources.base import WeightSource
+from twinkle_callbacks.sources.dtypes import sent_as
+from twinkle_callbacks.sources.gather import gathered
+from twinkle_callbacks.sources.handles import Handle, whole
+from twinkle_callbacks.sources.holdings import Holdings
+from twinkle_callbacks.sources.merging import Shadows, Slots, is_part, peft_model
+from twinkle_callbacks.sources.names import loaded, select
+from twinkle_callbacks.sources.units import Output, Unit, Wanted
+
+_PREFIX = "base_model.model."
+
+
+class _Place(NamedTuple):
+    """A tensor of a module, by its name there."""
+
+    owner: nn.Module
+    name: str
+
+
+class AdapterSource(WeightSource):
+    """Streams one adapter, gathered bucket by bucket, under the names that `save_pretrained` of PEFT gives it.
+
+    Names and values are those of `peft.get_peft_model_state_dict` with `save_embedding_layers=False`:
+    `base_model.model.<module>.lora_A.weight` and so on, with DoRA's magnitudes and the trained copies of
+    `modules_to_save`, which a rollout may refuse (vLLM does: merge those). The base model's embeddings, which PEFT can
+    save beside an adapter, are not part of it.
+
+    Args:
+        model: the module as the framework wrapped it, with a `PeftModel` in it, or a model that adapters were injected
+            into (`inject_adapter_in_model`, `add_adapter` of transformers).
+        adapter_name: the adapter; None takes the active one.
+        module: path of the policy inside the model.
+        dtype: dtype that floating point tensors are cast to; None casts nothing.
+
+    Attributes:
+        adapter_name: name of the adapter.
+
+    Raises:
+        SourceError: there is no such adapter, or it is of a kind that cannot be streamed alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        adapter_name: str | None = None,
+        module: str = "",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._root = model
+        policy = select(model, module)
+        self._holder: Any = peft_model(model, policy) or policy
+        self._dtype = dtype
+        self.adapter_name = _choose(self._holder, adapter_name)
+        self._places = self._find()
+        self._specs = _specs(self._units())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The adapter's configuration, as plain data: what PEFT writes into `adapter_config.json`."""
+        config = self._holder.peft_config[self.adapter_name]
+        saved = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+        policy = self._holder.get_base_model() if hasattr(self._holder, "get_base_model") else self._holder
+        saved["base_model_name_or_path"] = (
+            config.base_model_name_or_path or getattr(policy, "name_or_path", None) or None
+        )
+        saved["inference_mode"] = True
+        if config.task_type is None:
+            cls = type(policy)
+            saved["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        plain: dict[str, Any] = json.loads(json.dumps(saved, default=str))
+        return plain
+
+    def specs(self) -> list[TensorSpec]:
+        return list(self._specs)
+
+    def check(self) -> None:
+        self._unchanged()
+
+    @torch.no_grad()
+    def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
+        with closing(gathered(self._unchanged())) as arriving:
+            for unit, tensors in arriving:
+                yield unit.outputs[0].name, tensors[0]
+
+    def _find(self) -> dict[str, _Place | Handle]:
+        """Where each tensor is, by its name: PEFT picks and names those of a model that has the same parts, on meta."""
+        from peft import get_peft_model_state_dict
+
+        slots = Slots(self._holder, Holdings(self._root))
+        metas = [torch.empty(handle.shape, dtype=handle.dtype, device="meta") for handle in slots.handles]
+        shadows = Shadows(slots, metas)
+        shadow = shadows.of(self._holder)
+        state = shadow.state_dict(keep_vars=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            saved = get_peft_model_state_dict(
+                shadow, state_dict=state, adapter_name=self.adapter_name, save_embedding_layers=False
+            )
+        owners = {
+            id(getattr(shadows.of(owner), name)): _Place(owner, name)
+            for owner in self._holder.modules()
+            for name in slots.of[id(owner)]
+        }
+        prefix = _PREFIX if _is_injected(self._holder) else ""
+        places: dict[str, _Place | Handle] = {}
+        for name, tensor in saved.items():
+            if id(tensor) in owners:
+                places[prefix + name] = owners[id(tensor)]
+            elif tensor.device.type != "meta":
+                places[prefix + name] = whole(tensor)  # a setting, such as the indices of SHiRA
+            else:
+                raise SourceError(
+                    f"adapter {self.adapter_name!r}: PEFT computes {name!r} from other tensors when it saves, so it "
+                    f"cannot be streamed alone; sync merged weights, or switch that off (save_only_topk_weights of "
+                    f"VB-LoRA, rank_pattern of AdaLoRA)"
+                )
+        return places
+
+    def _units(self) -> list[Unit]:
+        holdings = Holdings(self._root)
+        units = []
+        for name, place in self._places.items():
+            handle = holdings.handle(*place) if isinstance(place, _Place) else place
+            dtype = sent_as(handle.dtype, self._dtype)
+            units.append(Unit((Output(name, dtype, handle.shape, name),), (Wanted(handle, dtype),)))
+        return units
+
+    def _unchanged(self) -> list[Unit]:
+        """The adapter's units as they are now. Values and tensors may be others, names, shapes and dtypes not."""
+        here = {id(module) for module in self._holder.modules()}
+        gone = [
+            name for name, place in self._places.items() if isinstance(place, _Place) and id(place.owner) not in here
+        ]
+        if self.adapter_name not in self._holder.peft_config or gone:
+            raise SourceError(
+                f"adapter {self.adapter_name!r} was deleted or replaced since the source was opened"
+                f"{f' ({gone[0]} is gone)' if gone else ''}; keep it while it is synced, or open a new source"
+            )
+        units = self._units()
+        for before, now in zip(self._specs, _specs(units), strict=True):
+            if before != now:
+                raise SourceError(
+                    f"{before.name} was {before.dtype}{list(before.shape)} when the source was opened and is "
+                    f"{now.dtype}{list(now.shape)}; open a new source"
+                )
+        return units
+
+
+def _choose(holder: Any, wanted: str | None) -> str:
+    """The name of the adapter to stream.
+
+    Raises:
+        SourceError: there is none of that name, several are active, or it is of a kind that has no weights of its own.
+    """
+    known: dict[str, Any] = getattr(holder, "peft_config", None) or {}
+    if not known or isinstance(holder, loaded("peft.mixed_model", "PeftMixedModel")):
+        raise SourceError(
+            f"{type(holder).__name__} holds no adapter that PEFT can save alone; wrap the policy with "
+            f"get_peft_model(), or sync whole weights (merge_and_sync=True)"
+        )
+    names = [wanted] if wanted is not None else _active(holder)
+    listed = ", ".join(map(repr, known))
+    if len(names) != 1:
+        raise SourceError(
+            f"{len(names)} adapters are active ({', '.join(map(repr, names)) or 'none'}), and one can be streamed "
+            f"alone; choose with adapter_name: {listed}"
+        )
+    if names[0] not in known:
+        raise SourceError(f"there is no adapter {names[0]!r}; those that exist are {listed}")
+    if known[names[0]].is_prompt_learning:
+        raise SourceError(
+            f"adapter {names[0]!r} is {known[names[0]].peft_type.value}, which trains a prompt and no weights, so "
+            f"there is nothing to stream; train with LoRA, or sync weights that are trained in full"
+        )
+    return names[0]
+
+
+def _active(holder: Any) -> list[str]:
+    if not _is_injected(holder):
+        return list(holder.active_adapters)
+    parts: Any = (module for module in holder.modules() if is_part(module))
+    return list(dict.fromkeys(name for part in parts for name in part.active_adapters))
+
+
+def _is_injected(holder: Any) -> bool:
+    return not isinstance(holder, loaded("peft.peft_model", "PeftModel"))
+
+
+def _specs(units: list[Unit]) -> list[TensorSpec]:
+    outputs = [output for unit in units for output in unit.outputs]
+    return [TensorSpec(output.name, dtype_name(output.dtype), output.shape) for output in outputs]
