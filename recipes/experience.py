@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -12,6 +13,7 @@ from recipes import arithmetic, grpo
 from recipes.config import RecipeConfig
 from recipes.rollout import Completion, Sampler
 from twinkle_callbacks.errors import ConfigError
+from twinkle_callbacks.trainer_group import broadcast
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,6 @@ class Collector:
     def _sample(self, prompts: list[list[int]], group_size: int) -> list[Completion]:
         if self._peers is None:
             return self._sampler.sample(prompts, group_size)
-        shared = [self._sampler.sample(prompts, group_size) if dist.get_rank(self._peers) == 0 else None]
-        dist.broadcast_object_list(shared, group=self._peers, group_src=0)
-        (completions,) = shared
-        return completions
+        first = dist.get_global_rank(self._peers, 0)
+        mine = msgspec.msgpack.encode(self._sampler.sample(prompts, group_size)) if dist.get_rank() == first else None
+        return msgspec.msgpack.decode(broadcast(mine, first, self._peers), type=list[Completion])
