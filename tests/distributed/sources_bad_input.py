@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tests import peft_cases
 from tests.distributed.sources_checks import of_all_ranks
-from tests.distributed.sources_sharding import fsdp1, fsdp2, zero3
+from tests.distributed.sources_fsdp1 import fsdp1
+from tests.distributed.sources_sharding import fsdp2, zero3
 from tests.tiny_models import VOCAB, build
 from tests.unit.fake_rollout import FakeRollout
 from twinkle_callbacks import WeightSynchronizer

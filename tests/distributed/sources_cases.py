@@ -20,7 +20,8 @@ from torch import nn
 
 from tests import peft_cases
 from tests.distributed.sources_checks import conforms, of_all_ranks, saved, saved_adapter
-from tests.distributed.sources_sharding import Tensors, layers, shard
+from tests.distributed.sources_sharding import shard
+from tests.distributed.sources_trained import Tensors, layers
 from tests.tiny_models import VOCAB, build
 from twinkle_callbacks.sources import open_source
 
@@ -70,8 +71,9 @@ CASES: dict[str, Case] = {
 _IN_PLACE = "PEFT adds to the views of FSDP1 in place in its forward pass"
 
 KINDS_OF_TWO = ["ddp", "fsdp1", "fsdp1_flat", "fsdp2", "tp", "zero1", "zero2", "zero3"]
-KINDS_OF_FOUR = ["fsdp2_tp", "hsdp"]
-CASES_OF_FOUR = ["full", "tied", "moe"]
+OTHER_SETTINGS = ["fsdp1_no_shard", "fsdp1_grad_op", "fsdp1_mixed_precision", "zero3_persistent", "zero3_bfloat16"]
+KINDS_OF_FOUR = ["fsdp2_tp", "hsdp", "fsdp1_hybrid"]
+FEW_CASES = ["tied", "moe", "lora merged", "adapter only"]
 UNFIT = {
     ("tp", "tied gpt2"): "its fused projections are no nn.Linear, which torch's plans cut",
     ("fsdp1_flat", "lora merged tied tokens"): "the tokens that train lie in one unit with the frozen embedding",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.sources_sharding import Tensors, Trained
+from tests.distributed.sources_trained import Tensors, Trained
 from twinkle_callbacks.sources import WeightSource
 
 LEADER = 0
@@ -44,13 +44,10 @@ def _files_of(policy: Any) -> Tensors:
 
 
 def filled(fresh: nn.Module, full: Tensors) -> nn.Module:
-    """A policy that was never sharded, with the values that the framework itself gathered."""
-    with torch.no_grad():
-        for name, parameter in fresh.named_parameters():
-            parameter.copy_(full[name])
-        for name, buffer in fresh.named_buffers():
-            if name in full:
-                buffer.copy_(full[name])
+    """A policy that was never sharded, with the values that the framework itself gathered, in its dtypes."""
+    for name, tensor in [*fresh.named_parameters(), *fresh.named_buffers()]:
+        if name in full or isinstance(tensor, nn.Parameter):
+            tensor.data = full[name]
     return fresh
 
 

@@ -19,8 +19,12 @@ def test_two_processes_stream_what_a_single_process_would_save(kind: str) -> Non
     assert_all_pass([kind], list(sources_cases.CASES), 2)
 
 
+def test_other_settings_of_a_framework_change_nothing() -> None:
+    assert_all_pass(sources_cases.OTHER_SETTINGS, sources_cases.FEW_CASES, 2)
+
+
 def test_four_processes_stream_what_a_single_process_would_save() -> None:
-    assert_all_pass(sources_cases.KINDS_OF_FOUR, sources_cases.CASES_OF_FOUR, 4)
+    assert_all_pass(sources_cases.KINDS_OF_FOUR, sources_cases.FEW_CASES, 4)
 
 
 def assert_all_pass(kinds: list[str], cases: list[str], world_size: int) -> None:
