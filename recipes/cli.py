@@ -1,4 +1,4 @@
-"""The command line that the recipes share: `--config FILE [--no-sync] [key=value ...]`."""
+"""The command line that the recipes share: `--config FILE [--config FILE ...] [--no-sync] [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ def run(
         trains: whether to offer `--no-sync`.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/grpo_arithmetic.yaml")
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="such as configs/grpo_arithmetic.yaml; given again, such as configs/lightning/ddp.yaml: the last wins",
+    )
     parser.set_defaults(no_sync=False)
     if trains:
         parser.add_argument("--no-sync", action="store_true", help="control: no weight sync after the one at the start")

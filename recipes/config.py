@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.errors import ConfigError
@@ -59,10 +59,22 @@ class OptimizerConfig(_Section):
 
 
 class TrainerConfig(_Section):
-    """Where the Lightning recipe runs; for the Accelerate recipe, `accelerate launch` decides."""
+    """Where the Lightning recipe runs and how it shards; for the Accelerate recipe, `accelerate launch` decides."""
 
     accelerator: str = "auto"
     devices: int = Field(1, ge=1)
+    strategy: Literal["auto", "ddp", "fsdp1", "fsdp2", "fsdp2_tp", "zero1", "zero2", "zero3"] = "auto"
+    tensor_parallel_size: int = Field(1, ge=1)
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        size = self.tensor_parallel_size
+        if (size > 1) != (self.strategy == "fsdp2_tp"):
+            raise ValueError(f"strategy={self.strategy!r}, tensor_parallel_size={size}: above 1 for fsdp2_tp, else 1")
+        if self.devices % size:
+            raise ValueError(f"tensor_parallel_size={size} does not divide devices={self.devices}")
+        return self
 
 
 class RecipeConfig(_Section):
@@ -92,14 +104,11 @@ class RecipeConfig(_Section):
             raise ConfigError("; ".join(_explanations(error))) from None
 
     @classmethod
-    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RecipeConfig:
-        """Reads a YAML file, then applies overrides such as `steps=10` or `optimizer.lr=1e-4`."""
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of sections")
+    def load(cls, paths: Path | str | Sequence[Path | str], overrides: Sequence[str] = ()) -> RecipeConfig:
+        """Reads YAML files, the last one wins, then applies overrides such as `steps=10` or `optimizer.lr=1e-4`."""
+        values: dict[str, Any] = {}
+        for path in [paths] if isinstance(paths, Path | str) else paths:
+            _merge(values, _read(path))
         for override in overrides:
             _apply(values, override)
         return cls.parse(values)
@@ -119,6 +128,25 @@ class RecipeConfig(_Section):
     @property
     def rollout_urls(self) -> list[str]:
         return [str(url) for url in self.sync.rollouts]
+
+
+def _read(path: Path | str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of sections")
+    return values
+
+
+def _merge(values: dict[str, Any], later: Mapping[str, Any]) -> None:
+    """Puts `later` into `values`, section by section: of a section, only the keys that `later` has are replaced."""
+    for key, value in later.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import msgspec
 import torch
+import torch.distributed as dist
 
 from recipes import arithmetic, grpo
 from recipes.config import RecipeConfig
-from recipes.rollout import Sampler
+from recipes.rollout import Completion, Sampler
 from twinkle_callbacks.errors import ConfigError
+from twinkle_callbacks.trainer_group import broadcast
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,16 @@ class Experience:
 
 
 class Collector:
-    """Collects this rank's share of each step. Every trainer rank has one; the shares are disjoint."""
+    """Collects this rank's share of each step. Every trainer rank has one; the shares are disjoint.
+
+    Args:
+        config: the run.
+        sampler: draws from the rollouts.
+        rank: which share.
+        world_size: number of shares.
+        peers: ranks that have to train on the same share, as tensor parallel ones do; the first samples for all.
+        device: where the batches go.
+    """
 
     def __init__(
         self,
@@ -32,6 +44,7 @@ class Collector:
         *,
         rank: int = 0,
         world_size: int = 1,
+        peers: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if config.data.prompts_per_step % world_size:
@@ -40,7 +53,7 @@ class Collector:
             )
         self._config, self._sampler = config, sampler
         self._share = slice(rank, None, world_size)
-        self._device = device
+        self._peers, self._device = peers, device
 
     def collect(self, step: int) -> Experience:
         """Samples and scores the prompts of a step."""
@@ -50,9 +63,16 @@ class Collector:
         )[self._share]
         version = self._sampler.weight_version()
         started = time.perf_counter()
-        completions = self._sampler.sample([arithmetic.encode(p.prompt) for p in problems], group_size)
+        completions = self._sample([arithmetic.encode(p.prompt) for p in problems], group_size)
         sample_s = time.perf_counter() - started
         answers = [p.answer for p in problems for _ in range(group_size)]
         reward = arithmetic.REWARDS[self._config.reward.name]
         rewards = [reward(c.text, answer) for c, answer in zip(completions, answers, strict=True)]
         return Experience(grpo.make_batch(completions, rewards, group_size, self._device), version, sample_s)
+
+    def _sample(self, prompts: list[list[int]], group_size: int) -> list[Completion]:
+        if self._peers is None:
+            return self._sampler.sample(prompts, group_size)
+        first = dist.get_global_rank(self._peers, 0)
+        mine = msgspec.msgpack.encode(self._sampler.sample(prompts, group_size)) if dist.get_rank() == first else None
+        return msgspec.msgpack.decode(broadcast(mine, first, self._peers), type=list[Completion])

@@ -4,14 +4,15 @@
     twinkle-callbacks serve runs/policy --dtype float32 --max-model-len 64 --enforce-eager --kv-cache-memory-bytes 64M
     python -m recipes.grpo_accelerate --config configs/grpo_arithmetic.yaml steps=100
 
-Several processes: `accelerate launch -m recipes.grpo_accelerate --config ...`, or torchrun; each samples its share.
+Several GPUs: `accelerate launch --config_file configs/accelerate/fsdp2.yaml -m recipes.grpo_accelerate --config ...`;
+each samples its share. The folder configs/accelerate has a file for each way to shard.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes import cli
 from recipes.config import RecipeConfig
@@ -19,6 +20,7 @@ from recipes.config import RecipeConfig
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch import nn
 
     from recipes.grpo import Batch
     from recipes.history import History
@@ -38,13 +40,12 @@ def train(config: RecipeConfig) -> History:
     from recipes import grpo
     from recipes.experience import Collector
     from recipes.history import History
-    from recipes.policy import load_policy
     from recipes.rollout import Sampler
     from twinkle_callbacks.accelerate import WeightSync
 
     accelerator = Accelerator()
     set_seed(config.seed)
-    model = load_policy(config.model.path)
+    model, share = _load(accelerator, config)
     optimizer, schedule = grpo.make_optimizer(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     with (
@@ -53,8 +54,7 @@ def train(config: RecipeConfig) -> History:
         ) as sampler,
         WeightSync(accelerator, model, optimizer, **config.sync_options()) as sync,
     ):
-        ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        collector = Collector(config, sampler, device=accelerator.device, **ranks)
+        collector = Collector(config, sampler, device=accelerator.device, **share)
         history = History(config.output_dir, config.steps, lambda: sync.report, is_writer=accelerator.is_main_process)
         for step in range(config.steps):
             experience = collector.collect(step)
@@ -71,6 +71,28 @@ def train(config: RecipeConfig) -> History:
         history.add(config.steps, *_means(accelerator, logprobs, experience.batch), experience)
     accelerator.end_training()
     return history
+
+
+def _load(accelerator: Accelerator, config: RecipeConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """The policy, ready for `accelerator.prepare`, and which share of the samples this rank collects."""
+    from recipes import parallel
+    from recipes.policy import load_policy
+
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    if (deepspeed := accelerator.state.deepspeed_plugin) is not None:  # has no data loader to see it from
+        samples = config.data.prompts_per_step * config.rollouts.samples_per_prompt // accelerator.num_processes
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = samples
+    policy = load_policy(config.model.path)
+    if (layout := accelerator.parallelism_config) is not None and layout.tp_enabled:
+        mesh = accelerator.torch_device_mesh
+        parallel.split_layers(policy.to(accelerator.device), mesh["tp"])
+        share = parallel.share(mesh["dp_shard"], mesh["tp"])
+        # What accelerate 1.15 does here itself, for parameters that `split_layers` has done already, imports a class
+        # that transformers 5.19 has not:
+        # https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py#L1618
+        # Until accelerate works without `transformers.integrations.tensor_parallel.ReplicateParallel`.
+        accelerator._prepare_tp = lambda *prepared: prepared
+    return policy, share
 
 
 def _means(accelerator: Accelerator, logprobs: torch.Tensor, batch: Batch) -> tuple[float, float]:

@@ -5,6 +5,8 @@ Run in the checkout:
     python -m recipes.prepare --config configs/grpo_arithmetic.yaml
     twinkle-callbacks serve runs/policy --dtype float32 --max-model-len 64 --enforce-eager --kv-cache-memory-bytes 64M
     python -m recipes.grpo_lightning --config configs/grpo_arithmetic.yaml steps=100
+
+Several GPUs: add a `--config` of configs/lightning/, which names the strategy.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def train(config: RecipeConfig) -> History:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
 
+    from recipes import parallel
     from recipes.lightning_module import GRPOModule
     from recipes.rollout import Sampler
     from twinkle_callbacks.lightning import WeightSyncCallback
@@ -39,14 +42,12 @@ def train(config: RecipeConfig) -> History:
     trainer = pl.Trainer(
         callbacks=[sync],
         max_steps=config.steps,
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        gradient_clip_val=config.optimizer.grad_clip,
         logger=CSVLogger(config.output_dir),
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **parallel.trainer_options(config),
     )
     with Sampler(
         config.rollout_urls, max_tokens=config.rollouts.max_tokens, timeout_s=config.rollouts.timeout_s

@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from recipes import grpo
+from recipes import grpo, parallel
 from recipes.config import RecipeConfig
 from recipes.experience import Collector, Experience
 from recipes.history import History
@@ -34,14 +36,21 @@ class GRPOModule(pl.LightningModule):
         self._config, self._sampler, self._sync = config, sampler, sync
 
     @override
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is None or any(isinstance(each, DTensor) for each in self.policy.parameters()):
+            return  # another strategy, which does it all by itself; or done before
+        self.policy.to(self.trainer.strategy.root_device)
+        if mesh["tensor_parallel"].size() > 1:
+            parallel.split_layers(self.policy, mesh["tensor_parallel"])
+        parallel.shard(self.policy, mesh["data_parallel"], self._config.trainer.precision)
+
+    @override
     def on_fit_start(self) -> None:
-        self._collector = Collector(
-            self._config,
-            self._sampler,
-            rank=self.global_rank,
-            world_size=self.trainer.world_size,
-            device=self.device,
-        )
+        share = {"rank": self.global_rank, "world_size": self.trainer.world_size}
+        if (mesh := self.device_mesh) is not None:
+            share = parallel.share(mesh["data_parallel"], mesh["tensor_parallel"])
+        self._collector = Collector(self._config, self._sampler, device=self.device, **share)
         self.history = History(
             self._config.output_dir,
             self._config.steps,
@@ -55,6 +64,12 @@ class GRPOModule(pl.LightningModule):
         logprobs = grpo.token_logprobs(self.policy, experience.batch.tokens)
         self._record(step, experience, logprobs)
         return grpo.policy_loss(logprobs, experience.batch)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        root = self.trainer.strategy.model
+        if isinstance(root, FullyShardedDataParallel):  # alone knows the norm over all shards
+            root.clip_grad_norm_(self._config.optimizer.grad_clip)
 
     @override
     def on_train_end(self) -> None:

@@ -80,7 +80,8 @@ class WeightSynchronizer:
             report = sync.push(version=1)
 
     Args:
-        model: the trained module, plain or wrapped (DDP, FSDP2, compiled), or a `WeightSource`. It is never changed.
+        model: the trained module, plain or wrapped (DDP, FSDP, DeepSpeed, PEFT, compiled), or a `WeightSource`. It is
+            never changed.
         **settings: see `twinkle_callbacks.config.SyncSettings`.
 
     Attributes:

@@ -41,14 +41,22 @@ class TrainerGroup:
         if not self._distributed:
             assert message is not None
             return message
-        device = _collective_device()
-        length = torch.tensor([len(message) if message is not None else 0], device=device)
-        torch.distributed.broadcast(length, source)
-        data = torch.zeros(int(length), dtype=torch.uint8, device=device)
-        if message:
-            data.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
-        torch.distributed.broadcast(data, source)
-        return bytes(data.cpu().numpy())
+        return broadcast(message, source)
+
+
+def broadcast(message: bytes | None, source: int, group: torch.distributed.ProcessGroup | None = None) -> bytes:
+    """Collective: every rank of a process group (the default one for None) returns the message of global rank `source`.
+
+    Plain bytes, never pickle.
+    """
+    device = _collective_device()
+    length = torch.tensor([len(message) if message is not None else 0], device=device)
+    torch.distributed.broadcast(length, source, group)
+    data = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if message:
+        data.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
+    torch.distributed.broadcast(data, source, group)
+    return bytes(data.cpu().numpy())
 
 
 def _collective_device() -> torch.device:

@@ -21,7 +21,7 @@ from twinkle_callbacks.engines.base import CheckpointEngine
 ROOT = Path(twinkle_callbacks.__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
-NOT_ON_CPU = {"deepspeed", "vllm", "torch-npu"}
+NOT_ON_CPU = {"vllm", "torch-npu"}
 
 
 def pins() -> dict[str, Version]:
@@ -68,7 +68,8 @@ def test_the_three_packages_that_break_a_cpu_torch_are_left_out() -> None:
 
 def test_the_extras_are_those_of_the_readme() -> None:
     assert set(PROJECT["project"]["optional-dependencies"]) == {
-        *("lightning", "accelerate", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "npu", "recipes"),
+        *("lightning", "accelerate", "transformers", "peft", "deepspeed", "quantized"),
+        *("vllm", "vllm-cpu", "npu", "recipes"),
     }
 
 

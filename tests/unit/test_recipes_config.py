@@ -74,6 +74,15 @@ def test_overrides_reach_any_depth_and_keep_yaml_types(tmp_path: Path) -> None:
     assert config.rollout_urls == ["http://a:1", "http://b:2"]
 
 
+def test_of_several_files_the_last_wins_key_by_key(tmp_path: Path) -> None:
+    first, second = tmp_path / "run.yaml", tmp_path / "where.yaml"
+    first.write_text("steps: 5\noptimizer: {lr: 0.5, grad_clip: 2.0}\n")
+    second.write_text("optimizer: {lr: 0.25}\ntrainer: {devices: 2}\n")
+    config = RecipeConfig.load([first, second], ["trainer.devices=4"])
+    assert (config.steps, config.optimizer.lr, config.optimizer.grad_clip) == (5, 0.25, 2.0)
+    assert config.trainer.devices == 4
+
+
 @pytest.mark.parametrize(("override", "message"), [("steps", "not of the form key=value"), ("steps.x=1", "is a value")])
 def test_malformed_overrides_are_refused(tmp_path: Path, override: str, message: str) -> None:
     file = tmp_path / "run.yaml"

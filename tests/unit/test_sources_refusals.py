@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import GPTQConfig
 
 from tests.tiny_models import build
 from twinkle_callbacks.errors import SourceError
@@ -80,6 +82,13 @@ def test_model_with_parameters_of_its_own_around_a_transformers_model_is_its_own
     names = [spec.name for spec in open_source(LitModule(backbone=build("gpt2"), head=nn.Linear(2, 2))).specs()]
     assert names[0].startswith("backbone.transformer.")
     assert names[-1] == "head.bias"
+
+
+def test_model_that_another_library_quantized() -> None:
+    model = build("qwen3")
+    model.hf_quantizer = SimpleNamespace(quantization_config=GPTQConfig(bits=4))
+    with pytest.raises(SourceError, match=r"net is quantized by gptq.*load it without quantization, or with bitsandb"):
+        open_source(LitModule(net=model, head=nn.Linear(2, 2)))
 
 
 @pytest.mark.usefixtures("gloo_of_one")

@@ -24,7 +24,7 @@ def open_source(model: nn.Module | WeightSource, *, module: str = "", dtype: tor
     """Opens a source over what the trainer holds. Runs on every trainer rank, without communication.
 
     Args:
-        model: the module as the framework wrapped it (plain, DDP, FSDP2, DeepSpeed ZeRO-1/2, compiled), or a
+        model: the module as the framework wrapped it (DDP, FSDP1, FSDP2, TP, DeepSpeed, PEFT, compiled), or a
             `WeightSource`, which is returned as it is, whatever the other arguments.
         module: path of the policy inside `model`, such as `net` or `policy.model`; wrappers on the way do not count.
         dtype: dtype that floating point tensors are cast to before they are gathered; None sends each in its own.

@@ -237,7 +237,7 @@ class _Bucket:
         for block, piece in self._beside.pop(index, ()):
             _copy(self._place(index, block), piece)
         if (own := handle.blocks.get(LEADER)) is not None:
-            _copy(self._place(index, own), handle.local())
+            _copy(self._place(index, own), _checked(handle.local(), own))
         elif index not in self._full:
             self._place(index, Block((0,) * len(handle.grid), handle.grid))  # without elements
         return self._full.pop(index)
@@ -267,8 +267,9 @@ def _wait(works: Sequence[dist.Work]) -> None:
 
 
 def _wire_device() -> torch.device:
-    """Where messages live: on this rank's accelerator if the default group can send from there, else in host memory."""
+    """Where messages live: on this rank's accelerator if the default group sends from there, else in host memory."""
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or f"{accelerator.type}:" not in dist.get_backend_config():
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    if accelerator is None or backends.get(accelerator.type, "gloo") == "gloo":  # which sends from host memory only
         return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

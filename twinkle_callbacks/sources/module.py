@@ -21,7 +21,7 @@ from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.mergeable import check_mergeable
 from twinkle_callbacks.sources.merging import peft_model
 from twinkle_callbacks.sources.names import select
-from twinkle_callbacks.sources.refusals import refuse_empty, refuse_wrong_root
+from twinkle_callbacks.sources.refusals import refuse_empty, refuse_quantized, refuse_wrong_root
 from twinkle_callbacks.sources.survey import survey
 from twinkle_callbacks.sources.units import Unit
 
@@ -56,6 +56,7 @@ class ModuleSource(WeightSource):
         self._root = model
         self._module = select(model, module)
         refuse_wrong_root(self._module)
+        refuse_quantized(self._module)
         self._dtype = dtype
         self._keeps_fp32 = _fp32_names(self._module)
         units = self._survey()

@@ -47,6 +47,10 @@ def _wrapped_by(module: nn.Module) -> nn.Module | None:
     elif isinstance(module, loaded("peft", "PeftModel")):
         base: nn.Module = module.get_base_model()
         return base
+    elif isinstance(module, loaded("peft", "PeftMixedModel")):
+        mixed: Any = module
+        inner_model: nn.Module = mixed.base_model.model
+        return inner_model
     else:
         return None
     inner = getattr(module, attribute)

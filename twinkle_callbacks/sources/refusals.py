@@ -33,6 +33,19 @@ def refuse_wrong_root(module: nn.Module) -> None:
     )
 
 
+def refuse_quantized(module: nn.Module) -> None:
+    """Raises `SourceError` where transformers quantized the model by a library that nobody here turns back."""
+    for path, child in module.named_modules():
+        quantizer = getattr(child, "hf_quantizer", None)
+        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "bitsandbytes")
+        method = str(getattr(method, "value", method))
+        if method != "bitsandbytes":
+            raise SourceError(
+                f"{canonical(path) or type(child).__name__} is quantized by {method}, whose weights cannot be turned "
+                f"back into those that a rollout loads; load it without quantization, or with bitsandbytes"
+            )
+
+
 def refuse_empty(module: nn.Module, units: Sequence[Unit]) -> None:
     """Raises `SourceError` where there is nothing to stream."""
     buffers = {canonical(name) for name, _ in module.named_buffers()}

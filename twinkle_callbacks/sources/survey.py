@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from twinkle_callbacks.errors import SourceError
-from twinkle_callbacks.sources import merging
+from twinkle_callbacks.sources import merging, quantized
 from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.names import canonical, checkpoint_alias, loaded, refuse_broken_ties, tied_patterns
 from twinkle_callbacks.sources.units import Output, Sent, Unit, Wanted
@@ -56,6 +56,9 @@ def _walk(module: nn.Module, path: str, holdings: Holdings, sent: Sent) -> Itera
             yield merging.merged(canonical(path).rstrip("."), module, holdings, sent)
             return
         module = inner
+    if quantized.is_quantized(module):
+        yield quantized.unit_of(canonical(path).rstrip("."), module, list(holdings.tensors(module)), sent)
+        return
     for name, handle in holdings.tensors(module):
         if name not in module._non_persistent_buffers_set:
             full = canonical(path + name)
