@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ Place = tuple[int, str]
 """A module's id and the name of one of its parameters."""
 
 
-def handles(root: nn.Module) -> dict[Place, Handle]:
-    """The handles of all parameters that FSDP1 holds anywhere in `root`, those of tied ones shared. Local.
+def handles(modules: Iterable[nn.Module]) -> dict[Place, Handle]:
+    """The handles of all parameters that FSDP1 holds for any of `modules`, those of tied ones shared. Local.
 
     Reads the shard itself (the fp32 one under mixed precision, the one on the CPU if it is offloaded), so nothing is
     unsharded. How it is laid out: torch/distributed/fsdp/_flat_param.py, `FlatParamHandle`.
@@ -25,9 +25,10 @@ def handles(root: nn.Module) -> dict[Place, Handle]:
     Raises:
         SourceError: FSDP1 over tensor parallelism, whose parts are no plain tensors.
     """
+    fsdp1 = loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     found: dict[Place, Handle] = {}
-    for unit in root.modules():
-        if isinstance(unit, loaded("torch.distributed.fsdp", "FullyShardedDataParallel")):
+    for unit in modules:
+        if isinstance(unit, fsdp1):
             flat = getattr(unit, "_handle", None)
             if flat is not None:
                 found.update(_of_unit(flat))

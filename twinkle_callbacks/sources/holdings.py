@@ -22,9 +22,11 @@ class Holdings:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        _reshard(root)
-        self._paths = {id(module): canonical(path) for path, module in root.named_modules()}
-        self._flat = fsdp1.handles(root)
+        named = list(root.named_modules())  # one walk: with adapters there are thousands, and this runs for every push
+        self._paths = {id(module): path for path, module in named}
+        modules = [module for _, module in named]
+        _reshard(modules)
+        self._flat = fsdp1.handles(modules)
         self._flat_names: dict[int, list[str]] = {}
         for module, name in self._flat:
             self._flat_names.setdefault(module, []).append(name)
@@ -53,7 +55,7 @@ class Holdings:
         tensor: torch.Tensor = getattr(module, name)
         if id(tensor) not in self._handles:
             path = ".".join(filter(None, (self._paths.get(id(module), ""), name)))
-            self._handles[id(tensor)] = _handle(path, tensor)
+            self._handles[id(tensor)] = _handle(canonical(path), tensor)
         return self._handles[id(tensor)]
 
 
@@ -75,10 +77,11 @@ def _handle(name: str, tensor: Any) -> Handle:
     return whole(tensor)
 
 
-def _reshard(root: nn.Module) -> None:
+def _reshard(modules: list[nn.Module]) -> None:
     # After a forward pass that no backward followed, such as a validation, FSDP2 leaves the root's parameters
     # unsharded, in the dtype of its mixed precision.
-    for module in root.modules():
-        if isinstance(module, loaded("torch.distributed.fsdp", "FSDPModule")):
+    fsdp2 = loaded("torch.distributed.fsdp", "FSDPModule")
+    for module in modules:
+        if isinstance(module, fsdp2):
             sharded: Any = module
             sharded.reshard()
