@@ -69,7 +69,7 @@ class AdapterSource(WeightSource):
         self._dtype = dtype
         self.adapter_name = _choose(self._holder, adapter_name)
         self._places = self._find()
-        self._specs = _specs(self._units())
+        self._specs = _specs(self._units(Holdings(self._root)))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -133,8 +133,7 @@ class AdapterSource(WeightSource):
                 )
         return places
 
-    def _units(self) -> list[Unit]:
-        holdings = Holdings(self._root)
+    def _units(self, holdings: Holdings) -> list[Unit]:
         units = []
         for name, place in self._places.items():
             handle = holdings.handle(*place) if isinstance(place, _Place) else place
@@ -144,16 +143,16 @@ class AdapterSource(WeightSource):
 
     def _unchanged(self) -> list[Unit]:
         """The adapter's units as they are now. Values and tensors may be others, names, shapes and dtypes not."""
-        here = {id(module) for module in self._holder.modules()}
+        holdings = Holdings(self._root)
         gone = [
-            name for name, place in self._places.items() if isinstance(place, _Place) and id(place.owner) not in here
+            name for name, place in self._places.items() if isinstance(place, _Place) and place.owner not in holdings
         ]
         if self.adapter_name not in self._holder.peft_config or gone:
             raise SourceError(
                 f"adapter {self.adapter_name!r} was deleted or replaced since the source was opened"
                 f"{f' ({gone[0]} is gone)' if gone else ''}; keep it while it is synced, or open a new source"
             )
-        units = self._units()
+        units = self._units(holdings)
         for before, now in zip(self._specs, _specs(units), strict=True):
             if before != now:
                 raise SourceError(

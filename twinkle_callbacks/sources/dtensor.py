@@ -45,7 +45,7 @@ def handle(name: str, tensor: Any) -> Handle:
             f"{name!r}: rank {rank} holds {list(local.shape)} of {list(shape)}, but by its placements "
             f"{list(tensor.placements)} over ranks {ranks} it should hold {list(blocks[rank].shape)}"
         )
-    return sharded(name, dtype, shape, lambda: tensor.detach().to_local(), blocks, shape)
+    return sharded(name, dtype, shape, lambda: tensor.to_local().detach(), blocks, shape)
 
 
 @lru_cache(maxsize=256)

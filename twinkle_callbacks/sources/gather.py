@@ -42,10 +42,11 @@ def gathered(units: Sequence[Unit]) -> Generator[tuple[Unit, list[torch.Tensor]]
     For the same reason a rank that cannot read what it holds sends zeros, and raises when all is over.
     """
     buckets = _in_buckets([wanted for unit in units for wanted in unit.needs if wanted.handle.is_sharded])
+    wire = _wire_device() if buckets else torch.device("cpu")
     if _rank() != LEADER:
-        _send(buckets)
+        _send(buckets, wire)
         return
-    arriving = _Arriving(buckets)
+    arriving = _Arriving(buckets, wire)
     try:
         for unit in units:
             tensors = [arriving.take() if wanted.handle.is_sharded else _own(wanted) for wanted in unit.needs]
@@ -105,20 +106,21 @@ def _messages(bucket: Sequence[Wanted], rank: int) -> list[list[_Part]]:
 # The ranks that hold
 
 
-def _send(buckets: Sequence[Sequence[Wanted]]) -> None:
+def _send(buckets: Sequence[Sequence[Wanted]], wire: torch.device) -> None:
     """Sends this rank's blocks of every bucket, at most two buckets at a time."""
+    rank = _rank()
     failure: Exception | None = None
     under_way: list[tuple[list[torch.Tensor], list[dist.Work]]] = []
     for bucket in buckets:
         outgoing = []
-        for parts in _messages(bucket, dist.get_rank()):
+        for parts in _messages(bucket, rank):
             try:
                 if failure is not None:
                     raise failure
-                message = _message(bucket, parts)
+                message = _message(bucket, parts, wire)
             except Exception as error:  # whatever a module's own tensors raise; the others must not wait for it
                 failure = error
-                message = torch.zeros(_length(parts), dtype=torch.uint8, device=_wire_device())
+                message = torch.zeros(_length(parts), dtype=torch.uint8, device=wire)
             outgoing.append(message)
         under_way.append((outgoing, _start([dist.P2POp(dist.isend, message, LEADER) for message in outgoing])))
         if len(under_way) == 2:
@@ -129,11 +131,11 @@ def _send(buckets: Sequence[Sequence[Wanted]]) -> None:
         raise failure
 
 
-def _message(bucket: Sequence[Wanted], parts: Sequence[_Part]) -> torch.Tensor:
+def _message(bucket: Sequence[Wanted], parts: Sequence[_Part], wire: torch.device) -> torch.Tensor:
     if len(parts) == 1:
         handle, dtype = bucket[parts[0].which]
-        return as_bytes(_checked(handle.local(), parts[0].block).to(_wire_device(), dtype))
-    message = torch.empty(_length(parts), dtype=torch.uint8, device=_wire_device())
+        return as_bytes(_checked(handle.local(), parts[0].block).to(wire, dtype))
+    message = torch.empty(_length(parts), dtype=torch.uint8, device=wire)
     for index, block, offset, _ in parts:
         handle, dtype = bucket[index]
         _copy(view_at(message, offset, dtype, block.shape), _checked(handle.local(), block))
@@ -154,14 +156,15 @@ def _checked(local: torch.Tensor, block: Block) -> torch.Tensor:
 class _Arriving:
     """The full tensors in the order of the buckets, two of which are under way or in use."""
 
-    def __init__(self, buckets: Sequence[Sequence[Wanted]]) -> None:
+    def __init__(self, buckets: Sequence[Sequence[Wanted]], wire: torch.device) -> None:
+        self._wire = wire
         self._waiting = list(reversed(buckets))
         self._current: _Bucket | None = None
         self._broken = False
         self._next = self._begin()
 
     def _begin(self) -> _Bucket | None:
-        bucket = _Bucket(self._waiting[-1]) if self._waiting else None
+        bucket = _Bucket(self._waiting[-1], self._wire) if self._waiting else None
         if bucket is not None:
             self._waiting.pop()
         return bucket
@@ -194,8 +197,8 @@ class _Arriving:
 class _Bucket:
     """One bucket on rank 0: receives are posted when it is made, tensors are put together when they are taken."""
 
-    def __init__(self, bucket: Sequence[Wanted]) -> None:
-        self._bucket = bucket
+    def __init__(self, bucket: Sequence[Wanted], wire: torch.device) -> None:
+        self._bucket, self._wire = bucket, wire
         self._taken = 0
         self._full: dict[int, torch.Tensor] = {}
         self._beside: dict[int, list[tuple[Block, torch.Tensor]]] = {}
@@ -212,7 +215,7 @@ class _Bucket:
             place = self._place(first.which, first.block)
             if place.is_contiguous():
                 return place.view(-1).view(torch.uint8)
-        message = torch.empty(_length(parts), dtype=torch.uint8, device=_wire_device())
+        message = torch.empty(_length(parts), dtype=torch.uint8, device=self._wire)
         for index, block, offset, _ in parts:
             piece = view_at(message, offset, self._bucket[index].dtype, block.shape)
             self._beside.setdefault(index, []).append((block, piece))
@@ -221,7 +224,7 @@ class _Bucket:
     def _place(self, index: int, block: Block) -> torch.Tensor:
         handle, dtype = self._bucket[index]
         if index not in self._full:
-            self._full[index] = torch.empty(handle.shape, dtype=dtype, device=_wire_device())
+            self._full[index] = torch.empty(handle.shape, dtype=dtype, device=self._wire)
         return self._full[index].view(handle.grid)[block.slices]
 
     def wait(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,15 +22,17 @@ class Holdings:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        named = list(root.named_modules())  # one walk: with adapters there are thousands, and this runs for every push
-        self._paths = {id(module): path for path, module in named}
-        modules = [module for _, module in named]
-        _reshard(modules)
-        self._flat = fsdp1.handles(modules)
+        modules = _modules(root)
+        self._paths = {id(module): path for path, module in modules}
+        _reshard(module for _, module in modules)
+        self._flat = fsdp1.handles(module for _, module in modules)
         self._flat_names: dict[int, list[str]] = {}
         for module, name in self._flat:
             self._flat_names.setdefault(module, []).append(name)
         self._handles: dict[int, Handle] = {}
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return id(module) in self._paths
 
     def tensors(self, module: nn.Module) -> Iterator[tuple[str, Handle]]:
         """Yields name and handle of the parameters and buffers of exactly this module, tied ones with one handle."""
@@ -54,8 +56,7 @@ class Holdings:
             return self._flat[id(module), name]
         tensor: torch.Tensor = getattr(module, name)
         if id(tensor) not in self._handles:
-            path = ".".join(filter(None, (self._paths.get(id(module), ""), name)))
-            self._handles[id(tensor)] = _handle(canonical(path), tensor)
+            self._handles[id(tensor)] = _handle(f"{self._paths.get(id(module), '')}{name}", tensor)
         return self._handles[id(tensor)]
 
 
@@ -77,7 +78,21 @@ def _handle(name: str, tensor: Any) -> Handle:
     return whole(tensor)
 
 
-def _reshard(modules: list[nn.Module]) -> None:
+def _modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module of a tree once, and the prefix of its tensors' canonical names.
+
+    `named_modules()` takes ten times as long, which counts where thousands of adapter layers are walked for each push.
+    """
+    found, seen = [("", root)], {id(root)}
+    for path, module in found:  # which grows meanwhile
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append((f"{path}{name}." if canonical(name) else path, child))
+    return found
+
+
+def _reshard(modules: Iterable[nn.Module]) -> None:
     # After a forward pass that no backward followed, such as a validation, FSDP2 leaves the root's parameters
     # unsharded, in the dtype of its mixed precision.
     fsdp2 = loaded("torch.distributed.fsdp", "FSDPModule")
