@@ -27,7 +27,6 @@ from typing import Any, Self, TypeVar, Unpack, cast
 import msgspec
 import torch
 
-from twinkle_callbacks.buckets.layout import TensorSpec
 from twinkle_callbacks.buckets.packing import dtype_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
 from twinkle_callbacks.engines.base import SendStats
@@ -168,13 +167,14 @@ class WeightSynchronizer:
         """Opens the source on every rank, sure that all of them would stream the same."""
         wanted = None if dtype is None else dtype_of(dtype)
 
-        def opened() -> tuple[WeightSource, list[TensorSpec]]:
+        def opened() -> tuple[WeightSource, list[str]]:
             source = open_source(self._model, module=self.settings.module, dtype=wanted)
-            return source, source.specs() if self._group.size > 1 else []
+            return source, source.agreement() if self._group.size > 1 else []
 
-        source, specs = self._agreed(opened)
-        leading = self._group.share(msgspec.msgpack.encode(specs) if self._group.is_leader else None)
-        self._agreed(lambda: _refuse_difference(specs, msgspec.msgpack.decode(leading, type=list[TensorSpec])))
+        source, mine = self._agreed(opened)
+        leading = self._group.share(msgspec.msgpack.encode(mine) if self._group.is_leader else None)
+        self._agreed(lambda: _refuse_difference(mine, msgspec.msgpack.decode(leading, type=list[str])))
+        self._group.connect()
         return source
 
     def _connect(self) -> None:
@@ -186,8 +186,7 @@ class WeightSynchronizer:
         self._refuse_engines_of_other_ranks()
         try:
             dtype = self._on_leader(handshake)
-            if self.settings.dtype is None:
-                self._source = self._open_source(dtype)
+            self._source = self._open_source(self.settings.dtype or dtype)  # after a failed push, on what is there now
         except BaseException:
             self._disconnect()
             raise
@@ -314,7 +313,7 @@ class WeightSynchronizer:
         text = f"trainer rank {rank}: {text}" if rank else text
         if phase:
             raise SyncError(f"push failed in the phase {phase!r}: {text}", phase) from failure
-        raise failure or SourceError(text)
+        raise failure if isinstance(failure, TwinkleError) else SourceError(text) from failure
 
     def _on_leader(self, call: Callable[[], Any], phase: str = "") -> Any:
         """Runs a step on rank 0 alone and shares its result: every rank returns it, or raises its error.
@@ -345,17 +344,13 @@ def _text(failure: Exception | None) -> str:
     return "" if failure is None else f"{type(failure).__name__}: {text_of(failure)}"
 
 
-def _refuse_difference(mine: list[TensorSpec], leading: list[TensorSpec]) -> None:
-    for own, other in itertools.zip_longest(mine, leading):
+def _refuse_difference(mine: list[str], leading: list[str]) -> None:
+    for own, other in itertools.zip_longest(mine, leading, fillvalue="nothing"):
         if own != other:
             raise SourceError(
-                f"the ranks would stream different tensors: this one {_shown(own)} where rank 0 has {_shown(other)}; "
-                f"build and wrap the same model on every rank"
+                f"the ranks would stream different tensors: this one {own} where rank 0 has {other}; build and wrap "
+                f"the same model on every rank"
             )
-
-
-def _shown(spec: TensorSpec | None) -> str:
-    return "nothing" if spec is None else f"{spec.name} {spec.dtype}{list(spec.shape)}"
 
 
 def _leave(stream: Generator[Any, None, None]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from twinkle_callbacks.sources.gather import wire_device
+
 
 class TrainerGroup:
     """All ranks of torch.distributed's default group, or a single process when there is none."""
@@ -42,6 +44,14 @@ class TrainerGroup:
             assert message is not None
             return message
         return broadcast(message, source)
+
+    def connect(self) -> None:
+        """Collective: makes the links of gathers, in which not every rank may take part.
+
+        torch wants all ranks of a group in its first operation on a device, see `torch.distributed.batch_isend_irecv`.
+        """
+        if self._distributed and (device := wire_device()).type != "cpu":
+            torch.distributed.all_reduce(torch.zeros(1, device=device))
 
 
 def broadcast(message: bytes | None, source: int, group: torch.distributed.ProcessGroup | None = None) -> bytes:

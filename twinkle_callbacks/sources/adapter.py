@@ -68,6 +68,7 @@ class AdapterSource(WeightSource):
         self._holder: Any = peft_model(model, policy) or policy
         self._dtype = dtype
         self.adapter_name = _choose(self._holder, adapter_name)
+        self._checked: list[Unit] | None = None
         self._places = self._find()
         self._specs = _specs(self._units(Holdings(self._root)))
 
@@ -90,12 +91,16 @@ class AdapterSource(WeightSource):
     def specs(self) -> list[TensorSpec]:
         return list(self._specs)
 
+    def agreement(self) -> list[str]:
+        return super().agreement() + [line for unit in self._units(Holdings(self._root)) for line in unit.agreement()]
+
     def check(self) -> None:
-        self._unchanged()
+        self._checked = self._unchanged()
 
     @torch.no_grad()
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
-        with closing(gathered(self._unchanged())) as arriving:
+        units, self._checked = self._checked or self._unchanged(), None
+        with closing(gathered(units)) as arriving:
             for unit, tensors in arriving:
                 yield unit.outputs[0].name, tensors[0]
 

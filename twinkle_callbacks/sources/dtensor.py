@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from twinkle_callbacks.errors import SourceError
-from twinkle_callbacks.sources.handles import LEADER, Block, Handle, of_other_ranks, sharded
+from twinkle_callbacks.sources.handles import LEADER, Block, Box, Handle, of_other_ranks, sharded
 
 
 def handle(name: str, tensor: Any) -> Handle:
@@ -23,7 +23,7 @@ def handle(name: str, tensor: Any) -> Handle:
 
     Raises:
         SourceError: rank 0 is not in its own tensor's mesh, the tensor is a pending sum (`Partial`), this rank's part
-            is not of the shape it should have, or the parts of some rank do not lie together.
+            is not of the shape it should have.
     """
     dtype, shape = tensor.dtype, tuple(tensor.shape)
     mesh_shape, coordinates = _coordinates(tensor.device_mesh)
@@ -83,27 +83,42 @@ def _block(
     shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]
 ) -> Block:
     """Replays the sharding on the indices of each dimension, the dimensions of the mesh from left to right."""
-    indices = [torch.arange(size) for size in shape]
-    for placement, parts, at in zip(placements, mesh_shape, coordinate, strict=True):
+    parts = [[torch.arange(size)] for size in shape]
+    for placement, count, at in zip(placements, mesh_shape, coordinate, strict=True):
         if placement.is_replicate():
             continue
         dimension: int = placement.dim  # type: ignore[attr-defined]
-        # A strided shard is a part of each of the parts that the dimensions of the mesh to its right make later.
-        outer = getattr(placement, "split_factor", 1)
-        chunks = [_chunk(chunk, parts, at) for chunk in indices[dimension].chunk(outer)]
-        indices[dimension] = torch.cat(chunks)
-    for index in indices:
-        if len(index) and int(index[-1]) - int(index[0]) + 1 != len(index):
-            raise ValueError(
-                f"has the placements {list(placements)}, by which the rank at {coordinate} holds parts of "
-                f"{list(shape)} that do not lie together; make the sharded dimension a multiple of the mesh's size"
-            )
-    return Block(tuple(int(i[0]) if len(i) else 0 for i in indices), tuple(len(i) for i in indices))
+        outer = getattr(placement, "split_factor", 0)
+        if outer:
+            # A part of each of the parts that the dimensions of the mesh to the right choose from; where none does,
+            # as under packed tensor parallelism, the rank holds them all.
+            parts[dimension] = [_chunk(part, count, at) for part in _chunks(torch.cat(parts[dimension]), outer)]
+        elif len(parts[dimension]) == count:
+            parts[dimension] = [parts[dimension][at]]
+        else:
+            parts[dimension] = [_chunk(torch.cat(parts[dimension]), count, at)]
+    runs = [_runs(torch.cat(each)) for each in parts]
+    boxes = (Box(*zip(*each, strict=True)) if each else Box((), ()) for each in itertools.product(*runs))
+    return Block(tuple(sum(map(len, each)) for each in parts), tuple(boxes))
 
 
-def _chunk(indices: torch.Tensor, parts: int, at: int) -> torch.Tensor:
-    chunks = indices.chunk(parts)
-    return chunks[at] if at < len(chunks) else indices[:0]
+def _chunks(indices: torch.Tensor, count: int) -> list[torch.Tensor]:
+    chunks = list(indices.chunk(count))
+    return chunks + [indices[:0]] * (count - len(chunks))
+
+
+def _chunk(indices: torch.Tensor, count: int, at: int) -> torch.Tensor:
+    return _chunks(indices, count)[at]
+
+
+def _runs(indices: torch.Tensor) -> list[tuple[slice, slice]]:
+    """The runs of successive indices: where each lies in what is held, and where in the full dimension."""
+    runs, held = [], 0
+    for run in torch.tensor_split(indices, (indices.diff() != 1).nonzero().flatten() + 1):
+        start = int(run[0]) if len(run) else 0
+        runs.append((slice(held, held + len(run)), slice(start, start + len(run))))
+        held += len(run)
+    return runs
 
 
 def _is_shard(placement: Placement) -> bool:

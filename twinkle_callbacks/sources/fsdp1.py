@@ -10,7 +10,7 @@ from torch import nn
 
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.handles import LEADER, Handle, of_other_ranks, ranges, sharded
-from twinkle_callbacks.sources.names import loaded
+from twinkle_callbacks.sources.names import canonical, loaded
 
 Place = tuple[int, str]
 """A module's id and the name of one of its parameters."""
@@ -32,6 +32,21 @@ def handles(modules: Iterable[nn.Module]) -> dict[Place, Handle]:
             flat = getattr(unit, "_handle", None)
             if flat is not None:
                 found.update(_of_unit(flat))
+    return found
+
+
+def buffer_dtypes(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:
+    """The dtypes that buffers, by their ids, had before FSDP1 cast them to its `buffer_dtype`.
+
+    Its state dicts cast them back; see torch/distributed/fsdp/_state_dict_utils.py.
+    """
+    fsdp1 = loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
+    found = {}
+    for module in modules:
+        unit: Any = module
+        if isinstance(unit, fsdp1) and unit._is_root and unit.mixed_precision.buffer_dtype is not None:
+            for name, buffer in unit.module.named_buffers():
+                found[id(buffer)] = unit._buffer_name_to_orig_dtype.get(canonical(name), buffer.dtype)
     return found
 
 
@@ -59,19 +74,18 @@ def _of_unit(flat: Any) -> Iterator[tuple[Place, Handle]]:
     starts = [start for start, _ in flat._get_flat_param_offsets()]
     spans = [start for start, padding in zip(starts, parameter._is_padding_mask, strict=True) if not padding]
     own: dict[Place, Handle] = {}
-    for info, fqn, shape, numel, start in zip(
-        parameter._param_infos, parameter._fqns, parameter._shapes, parameter._numels, spans, strict=True
-    ):
-        own[id(info.module), info.param_name] = _handle(flat, fqn, tuple(shape), start, start + numel)
+    described = zip(parameter._param_infos, parameter._fqns, parameter._shapes, parameter._numels, spans, strict=True)
+    for index, (info, fqn, shape, numel, start) in enumerate(described):
+        own[id(info.module), info.param_name] = _handle(flat, index, fqn, tuple(shape), start, start + numel)
     yield from own.items()
     for info in parameter._shared_param_infos:
         yield (id(info.module), info.param_name), own[id(info.prim_module), info.prim_param_name]
 
 
-def _handle(flat: Any, name: str, shape: tuple[int, ...], start: int, stop: int) -> Handle:
+def _handle(flat: Any, index: int, name: str, shape: tuple[int, ...], start: int, stop: int) -> Handle:
     dtype = _shard(flat).dtype
     if not flat.uses_sharded_strategy:
-        return Handle(dtype, shape, lambda: _shard(flat)[start:stop].view(shape))
+        return Handle(dtype, shape, lambda: _part(flat, index, start, stop).view(shape))
     ranks = torch.distributed.get_process_group_ranks(flat.process_group)
     rank = torch.distributed.get_rank()
     if LEADER not in ranks:
@@ -80,7 +94,18 @@ def _handle(flat: Any, name: str, shape: tuple[int, ...], start: int, stop: int)
     blocks = ranges(ranks, chunk, start, stop)
     first = max(start, ranks.index(rank) * chunk) - ranks.index(rank) * chunk
     size = blocks[rank].numel if rank in blocks else 0
-    return sharded(name, dtype, shape, lambda: _shard(flat)[first : first + size], blocks, (stop - start,))
+    return sharded(name, dtype, shape, lambda: _part(flat, index, first, first + size), blocks, (stop - start,))
+
+
+def _part(flat: Any, index: int, start: int, stop: int) -> torch.Tensor:
+    """Elements `start` to `stop` of this rank's shard: the part of the parameter at position `index`."""
+    shard, originals = _shard(flat), flat.flat_param._params
+    if originals is None or flat.flat_param.data_ptr() != shard.data_ptr():
+        return shard[start:stop]
+    # The parameter that a user sees. Who assigned its `.data`, as an average of weights does, finds FSDP copying that
+    # into the shard, but only before the next forward pass.
+    part: torch.Tensor = originals[index].detach()
+    return part.reshape(-1)
 
 
 def _shard(flat: Any) -> torch.Tensor:

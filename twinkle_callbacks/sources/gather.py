@@ -11,6 +11,7 @@ strategy has.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from twinkle_callbacks.buckets.packing import as_bytes, copyable, nbytes_of, vie
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.handles import LEADER, Block
 from twinkle_callbacks.sources.units import Unit, Wanted
+
+logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 32 << 20
 """Full tensors gathered at a time; a larger tensor has a bucket of its own."""
@@ -42,12 +45,13 @@ def gathered(units: Sequence[Unit]) -> Generator[tuple[Unit, list[torch.Tensor]]
     For the same reason a rank that cannot read what it holds sends zeros, and raises when all is over.
     """
     buckets = _in_buckets([wanted for unit in units for wanted in unit.needs if wanted.handle.is_sharded])
-    wire = _wire_device() if buckets else torch.device("cpu")
+    wire = wire_device() if buckets else torch.device("cpu")
     if _rank() != LEADER:
         _send(buckets, wire)
         return
     arriving = _Arriving(buckets, wire)
     try:
+        arriving.begin()
         for unit in units:
             tensors = [arriving.take() if wanted.handle.is_sharded else _own(wanted) for wanted in unit.needs]
             yield unit, tensors
@@ -145,7 +149,8 @@ def _message(bucket: Sequence[Wanted], parts: Sequence[_Part], wire: torch.devic
 def _checked(local: torch.Tensor, block: Block) -> torch.Tensor:
     if tuple(local.shape) != block.shape:
         raise SourceError(
-            f"a rank's part was {list(block.shape)} when the source was opened and is {list(local.shape)}"
+            f"this rank's part of a tensor has the shape {list(local.shape)}, where its sharding says "
+            f"{list(block.shape)}; do not change the module while it is pushed"
         )
     return local
 
@@ -160,14 +165,14 @@ class _Arriving:
         self._wire = wire
         self._waiting = list(reversed(buckets))
         self._current: _Bucket | None = None
+        self._next: _Bucket | None = None
         self._broken = False
-        self._next = self._begin()
 
-    def _begin(self) -> _Bucket | None:
-        bucket = _Bucket(self._waiting[-1], self._wire) if self._waiting else None
-        if bucket is not None:
+    def begin(self) -> None:
+        """Starts to receive the next bucket, if there is one."""
+        if self._waiting:
+            self._next = _Bucket(self._waiting[-1], self._wire)  # may find no memory, before it receives anything
             self._waiting.pop()
-        return bucket
 
     def take(self) -> torch.Tensor:
         """Returns the next tensor."""
@@ -183,15 +188,26 @@ class _Arriving:
         self._next.wait()
         self._broken = False
         self._current, self._next = self._next, None
-        self._next = self._begin()
+        self.begin()
 
     def drain(self) -> None:
-        """Receives what is still to come, and drops it."""
-        self._current = None
-        while not self._broken and (self._next or self._waiting):
-            self._next = self._next or self._begin()
-            self._advance()
-            self._current = None
+        """Receives what is still to come, and drops it. Takes no more memory than the largest message.
+
+        Errors are logged: the reason for draining is another one, or there is nobody left to tell.
+        """
+        if self._broken or not (self._next or self._waiting):
+            return
+        try:
+            if self._next is not None:
+                self._next.wait()
+            self._current = self._next = None
+            coming = [message for bucket in reversed(self._waiting) for message in _incoming(bucket)]
+            largest = max((_length(parts) for _, parts in coming), default=0)
+            scratch = torch.empty(largest, dtype=torch.uint8, device=self._wire)
+            for rank, parts in coming:
+                _wait(_start([dist.P2POp(dist.irecv, scratch[: _length(parts)], rank)]))
+        except RuntimeError as error:  # of torch: a link is gone, or there is no memory at all
+            logger.error("cannot drain the gather, so other ranks wait until their deadline: %s", error)
 
 
 class _Bucket:
@@ -202,17 +218,13 @@ class _Bucket:
         self._taken = 0
         self._full: dict[int, torch.Tensor] = {}
         self._beside: dict[int, list[tuple[Block, torch.Tensor]]] = {}
-        receives = []
-        for rank in sorted({rank for handle, _ in bucket for rank in handle.blocks} - {LEADER}):
-            for parts in _messages(bucket, rank):
-                receives.append(dist.P2POp(dist.irecv, self._landing(parts), rank))
-        self._works = _start(receives)
+        self._works = _start([dist.P2POp(dist.irecv, self._landing(parts), rank) for rank, parts in _incoming(bucket)])
 
     def _landing(self, parts: Sequence[_Part]) -> torch.Tensor:
         """Where a message goes: into the full tensor if it is one block that lies in one piece there."""
         first = parts[0]
-        if len(parts) == 1 and first.nbytes >= PACKED_BYTES:
-            place = self._place(first.which, first.block)
+        if len(parts) == 1 and first.nbytes >= PACKED_BYTES and len(first.block.boxes) == 1:
+            place = self._grid(first.which)[first.block.boxes[0].full]
             if place.is_contiguous():
                 return place.view(-1).view(torch.uint8)
         message = torch.empty(_length(parts), dtype=torch.uint8, device=self._wire)
@@ -221,11 +233,12 @@ class _Bucket:
             self._beside.setdefault(index, []).append((block, piece))
         return message
 
-    def _place(self, index: int, block: Block) -> torch.Tensor:
-        handle, dtype = self._bucket[index]
+    def _grid(self, index: int) -> torch.Tensor:
+        """A full tensor, in the shape that its blocks are seen in."""
         if index not in self._full:
-            self._full[index] = torch.empty(handle.shape, dtype=dtype, device=self._wire)
-        return self._full[index].view(handle.grid)[block.slices]
+            handle, dtype = self._bucket[index]
+            self._full[index] = torch.empty(handle.grid, dtype=dtype, device=self._wire)
+        return self._full[index]
 
     def wait(self) -> None:
         _wait(self._works)
@@ -237,16 +250,30 @@ class _Bucket:
     def take(self) -> torch.Tensor:
         index, handle = self._taken, self._bucket[self._taken].handle
         self._taken += 1
-        for block, piece in self._beside.pop(index, ()):
-            _copy(self._place(index, block), piece)
+        grid = self._grid(index)
         if (own := handle.blocks.get(LEADER)) is not None:
-            _copy(self._place(index, own), _checked(handle.local(), own))
-        elif index not in self._full:
-            self._place(index, Block((0,) * len(handle.grid), handle.grid))  # without elements
-        return self._full.pop(index)
+            _put(grid, own, _checked(handle.local(), own))
+        for block, piece in self._beside.pop(index, ()):
+            _put(grid, block, piece)
+        return self._full.pop(index).view(handle.shape)
 
 
 # Both
+
+
+def _incoming(bucket: Sequence[Wanted]) -> list[tuple[int, list[_Part]]]:
+    """The messages that rank 0 gets for a bucket, and the ranks they come from."""
+    ranks = sorted({rank for handle, _ in bucket for rank in handle.blocks} - {LEADER})
+    return [(rank, parts) for rank in ranks for parts in _messages(bucket, rank)]
+
+
+def _put(grid: torch.Tensor, block: Block, held: torch.Tensor) -> None:
+    """Copies what a rank holds to its place in a full tensor."""
+    if len(block.boxes) == 1:
+        _copy(grid[block.boxes[0].full], held)
+    else:
+        for each in block.boxes:
+            _copy(grid[each.full], held[each.held])
 
 
 def _length(parts: Sequence[_Part]) -> int:
@@ -269,7 +296,7 @@ def _wait(works: Sequence[dist.Work]) -> None:
         work.wait()
 
 
-def _wire_device() -> torch.device:
+def wire_device() -> torch.device:
     """Where messages live: on this rank's accelerator if the default group sends from there, else in host memory."""
     accelerator = torch.accelerator.current_accelerator()
     backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))

@@ -1,8 +1,8 @@
 """Who holds which part of a tensor: one description for every way of sharding.
 
-A full tensor is cut into blocks, at most one for each rank. FSDP2 and tensor parallelism (`DTensor`) cut boxes out of
-the tensor; FSDP1 and ZeRO-3 cut ranges out of its flattened elements, which are boxes in one dimension. `holdings.py`
-finds the handles of a module's tensors, locally; `gather.py` brings the blocks together.
+A full tensor is cut into blocks, one for each rank that sends. FSDP2 and tensor parallelism (`DTensor`) cut boxes out
+of the tensor; FSDP1 and ZeRO-3 cut ranges out of its flattened elements, which are boxes in one dimension.
+`holdings.py` finds the handles of a module's tensors, locally; `gather.py` brings the blocks together.
 """
 
 from __future__ import annotations
@@ -20,19 +20,29 @@ LEADER = 0
 """The global rank on which gathered tensors arrive: the one that sends them on."""
 
 
+class Box(NamedTuple):
+    """A box of a tensor that a rank holds: which part of what it holds, and where in the full tensor that lies."""
+
+    held: tuple[slice, ...]
+    full: tuple[slice, ...]
+
+
 class Block(NamedTuple):
-    """A box of a tensor: where it begins and how far it extends in each dimension, in elements."""
+    """What one rank holds of a tensor: a tensor of `shape`, made of boxes: of one, but for packed parallelism."""
 
-    offset: tuple[int, ...]
     shape: tuple[int, ...]
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
+    boxes: tuple[Box, ...]
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+def box(offset: tuple[int, ...], shape: tuple[int, ...]) -> Block:
+    """The block of one box that begins at `offset`."""
+    held = tuple(slice(0, size) for size in shape)
+    full = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return Block(shape, (Box(held, full),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +76,10 @@ class Handle:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
-def whole(tensor: torch.Tensor) -> Handle:
-    """The handle of a tensor that every rank has in full."""
-    return Handle(tensor.dtype, tuple(tensor.shape), tensor.detach)
+def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Handle:
+    """The handle of a tensor that every rank has in full, seen in another dtype if one is given."""
+    dtype = tensor.dtype if dtype is None else dtype
+    return Handle(dtype, tuple(tensor.shape), lambda: tensor.detach().to(dtype))
 
 
 def sharded(
@@ -107,5 +118,5 @@ def ranges(ranks: list[int], chunk: int, start: int, stop: int) -> dict[int, Blo
     for position, rank in enumerate(ranks):
         low, high = max(start, position * chunk), min(stop, (position + 1) * chunk)
         if low < high:
-            blocks[rank] = Block((low - start,), (high - low,))
+            blocks[rank] = box((low - start,), (high - low,))
     return blocks

@@ -26,6 +26,7 @@ class Holdings:
         self._paths = {id(module): path for path, module in modules}
         _reshard(module for _, module in modules)
         self._flat = fsdp1.handles(module for _, module in modules)
+        self._buffer_dtypes = fsdp1.buffer_dtypes(module for _, module in modules)
         self._flat_names: dict[int, list[str]] = {}
         for module, name in self._flat:
             self._flat_names.setdefault(module, []).append(name)
@@ -56,7 +57,9 @@ class Holdings:
             return self._flat[id(module), name]
         tensor: torch.Tensor = getattr(module, name)
         if id(tensor) not in self._handles:
-            self._handles[id(tensor)] = _handle(f"{self._paths.get(id(module), '')}{name}", tensor)
+            found = _handle(f"{self._paths.get(id(module), '')}{name}", tensor)
+            dtype = self._buffer_dtypes.get(id(tensor), found.dtype)
+            self._handles[id(tensor)] = found if dtype == found.dtype else whole(tensor, dtype)
         return self._handles[id(tensor)]
 
 

@@ -81,7 +81,7 @@ def merged(path: str, module: nn.Module, held: Holdings, sent: Sent) -> Unit:
         sent: the dtype of each output.
     """
     layer = tuner_layer(module)
-    slots = Slots(layer, held)
+    slots = Slots(layer, held, left_out=_of_inactive_adapters(layer))
     places = dict(_places(layer, slots))
     packed = [place for place in places.values() if place.is_packed]
     written = [place for place in places.values() if not place.is_packed and _writes_in_place(layer)]
@@ -168,6 +168,10 @@ class _Place(NamedTuple):
         return self.name == quantized.WEIGHT and quantized.is_quantized(self.owner)
 
 
+_Owned = tuple[int, str]
+"""The id of a module and the name of a tensor in it."""
+
+
 class Slots:
     """The tensors of a tree of modules, each once, and which module owns which.
 
@@ -176,13 +180,40 @@ class Slots:
         of: for each module (by id), the position in `handles` of each tensor that it owns, by its name there.
     """
 
-    def __init__(self, root: nn.Module, held: Holdings) -> None:
+    def __init__(
+        self, root: nn.Module, held: Holdings, left_out: set[_Owned] | frozenset[_Owned] = frozenset()
+    ) -> None:
         positions: dict[Handle, int] = {}
         self.of = {
-            id(module): {name: positions.setdefault(handle, len(positions)) for name, handle in held.tensors(module)}
+            id(module): {
+                name: positions.setdefault(handle, len(positions))
+                for name, handle in held.tensors(module)
+                if (id(module), name) not in left_out
+            }
             for module in root.modules()
         }
         self.handles = list(positions)
+
+
+def _of_inactive_adapters(layer: Any) -> set[_Owned]:
+    """The tensors in a tuner layer of adapters that take no part, which need not be gathered."""
+    found: set[_Owned] = set()
+    for one in chain(layer):
+        active = active_adapters(one)
+        for attribute in (*one.adapter_layer_names, *one.other_param_names):
+            container = getattr(one, attribute, None)
+            if isinstance(container, nn.ModuleDict):
+                others = [module for name, module in container.items() if name not in active]
+                found |= {
+                    (id(inner), name) for other in others for inner in other.modules() for name in _own_names(inner)
+                }
+            elif isinstance(container, nn.Module):  # a dictionary of tensors, by adapter
+                found |= {(id(container), name) for name in _own_names(container) if name not in active}
+    return found
+
+
+def _own_names(module: nn.Module) -> list[str]:
+    return [*module._parameters, *module._buffers]
 
 
 def _places(layer: Any, slots: Slots) -> Iterator[tuple[str, _Place]]:

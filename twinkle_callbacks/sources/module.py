@@ -30,6 +30,7 @@ class _Kind(NamedTuple):
     made_of: tuple[str, ...]
     sent: torch.dtype
     shape: tuple[int, ...]
+    agreement: tuple[str, ...]
 
     def __str__(self) -> str:
         return " and ".join(self.made_of)
@@ -59,6 +60,7 @@ class ModuleSource(WeightSource):
         refuse_quantized(self._module)
         self._dtype = dtype
         self._keeps_fp32 = _fp32_names(self._module)
+        self._checked: list[Unit] | None = None
         units = self._survey()
         refuse_empty(self._module, units)
         self._kinds = _kinds(units)
@@ -72,21 +74,28 @@ class ModuleSource(WeightSource):
     def specs(self) -> list[TensorSpec]:
         return list(self._specs)
 
+    def agreement(self) -> list[str]:
+        return super().agreement() + [line for kind in self._kinds.values() for line in kind.agreement]
+
     def check(self) -> None:
-        self._unchanged()
+        self._checked = self._unchanged()
 
     @torch.no_grad()
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
-        with closing(_named(self._unchanged())) as named:
+        units, self._checked = self._checked or self._unchanged(), None
+        with closing(_named(units)) as named:
             yield from self._plan.stream(named)
 
+    @torch.no_grad()
     def _survey(self) -> list[Unit]:
         check_mergeable(peft_model(self._root, self._module) or self._module)
         return survey(self._module, Holdings(self._root), self._sent)
 
     def _sent(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        kept = self._keeps_fp32 is not None and self._keeps_fp32.search(name) is not None
-        return dtype if kept else sent_as(dtype, self._dtype)
+        wanted = self._dtype
+        if wanted is not None and self._keeps_fp32 is not None and self._keeps_fp32.search(name):
+            wanted = torch.float32
+        return sent_as(dtype, wanted)
 
     def _unchanged(self) -> list[Unit]:
         """The module's units as they are now. Parameters may have been replaced, but not by others of another kind."""
@@ -120,7 +129,9 @@ def _named(units: list[Unit]) -> Generator[tuple[str, torch.Tensor], None, None]
 
 def _kinds(units: list[Unit]) -> dict[str, _Kind]:
     return {
-        output.name: _Kind(tuple(str(wanted.handle) for wanted in unit.needs), output.dtype, output.shape)
+        output.name: _Kind(
+            tuple(str(wanted.handle) for wanted in unit.needs), output.dtype, output.shape, tuple(unit.agreement())
+        )
         for unit in units
         for output in unit.outputs
     }

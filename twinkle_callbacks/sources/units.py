@@ -51,6 +51,14 @@ class Unit(NamedTuple):
     needs: tuple[Wanted, ...]
     build: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = _as_they_are
 
+    def agreement(self) -> list[str]:
+        """What has to be equal on all ranks for them to gather this unit together, a line for each sharded tensor."""
+        return [
+            f"{self.outputs[0].name} from {list(handle.shape)}, sharded, as {dtype}"
+            for handle, dtype in self.needs
+            if handle.is_sharded
+        ]
+
     def only(self, kept: Sequence[int]) -> Unit:
         """The same unit without the outputs whose positions are not in `kept`."""
         if len(kept) == len(self.outputs):

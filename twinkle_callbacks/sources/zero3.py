@@ -30,6 +30,11 @@ def handle(name: str, parameter: Any) -> Handle:
             f"{name!r}: its partition is not in memory ({status}), as with parameters offloaded to NVMe; offload to "
             f"cpu or not at all"
         )
+    if hasattr(part, "ds_quant_scale"):
+        raise SourceError(
+            f"{name!r} is quantized by DeepSpeed, whose codes are no weights; "
+            f"set zero_quantized_nontrainable_weights to false"
+        )
     ranks = torch.distributed.get_process_group_ranks(parameter.ds_process_group)
     rank = torch.distributed.get_rank()
     if LEADER not in ranks:
@@ -37,7 +42,8 @@ def handle(name: str, parameter: Any) -> Handle:
     chunk = part.numel()
     if not numel <= chunk * len(ranks) < numel + len(ranks):
         raise SourceError(
-            f"{name!r}: rank {rank} holds {chunk} of {numel} elements, which is not its share among ranks {ranks}"
+            f"{name!r}: rank {rank} holds {chunk} of {numel} elements, which is not its share among ranks {ranks} "
+            f"(as with MiCS); use plain ZeRO-3"
         )
     blocks = ranges(ranks, chunk, 0, numel)
     size = blocks[rank].numel if rank in blocks else 0
