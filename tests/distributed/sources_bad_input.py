@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from tests.tiny_models import VOCAB, build
 from tests.unit.fake_rollout import FakeRollout
 from twinkle_callbacks import WeightSynchronizer
 from twinkle_callbacks.errors import SourceError, SyncError
-from twinkle_callbacks.sources import dtensor
+from twinkle_callbacks.sources import dtensor, gather
 from twinkle_callbacks.sources import fsdp1 as flat_handles
 from twinkle_callbacks.sources import zero3 as zero3_handles
 from twinkle_callbacks.sources.adapter import AdapterSource
@@ -130,6 +131,14 @@ def part_of_another_size_than_its_placement_says(rollout: FakeRollout) -> None:
 # Adapters
 
 
+def adapter_of_another_rank_on_one_rank(rollout: FakeRollout) -> None:
+    """What is sent has the same shapes on both; what it is merged from has not."""
+    config = peft.LoraConfig(**{**peft_cases.LORA, "r": 8 if on_rank(1) else 4})
+    refused(
+        fsdp2(peft_cases.wrap(build("qwen3"), config)).model, rollout, r"from \[8, 128\], .* rank 0 has .*\[4, 128\]"
+    )
+
+
 def adapter_that_does_not_exist(rollout: FakeRollout) -> None:
     model = fsdp2(peft_cases.CASES["lora"](torch.float32)).model
     with pytest.raises(SourceError, match=r"'missing'.*'default'"):
@@ -224,6 +233,24 @@ def read_fails_in_the_middle_of_a_gather_of_zero3(rollout: FakeRollout) -> None:
     _read_fails(rollout, zero3(build("qwen3")).model, zero3_handles, "handle", 1)
 
 
+def no_memory_for_a_bucket_on_the_rank_that_sends(rollout: FakeRollout) -> None:
+    make, made = gather._Bucket, []
+
+    def second_finds_none(*args: Any) -> Any:
+        made.append(args)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no room for a bucket")
+        return make(*args)
+
+    with synchronizer(fsdp2(build("qwen3")).model, rollout) as sync:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gather, "BUCKET_BYTES", 100_000)
+            patch.setattr(gather, "_Bucket", second_finds_none)
+            with pytest.raises(SyncError, match="OutOfMemoryError: no room for a bucket"):
+                sync.push(version=1)
+        assert sync.push(version=2).version == 2
+
+
 SCENARIOS: list[Scenario] = [
     parameter_on_a_mesh_without_the_rank_that_sends,
     partition_that_one_rank_freed,
@@ -231,6 +258,7 @@ SCENARIOS: list[Scenario] = [
     parameter_without_values,
     shape_that_differs_between_ranks,
     part_of_another_size_than_its_placement_says,
+    adapter_of_another_rank_on_one_rank,
     adapter_that_does_not_exist,
     adapter_removed_after_the_handshake,
     policy_merged_before_it_is_synced,
@@ -241,6 +269,7 @@ SCENARIOS: list[Scenario] = [
     read_fails_on_the_rank_that_sends,
     read_fails_in_the_middle_of_a_gather_of_fsdp1,
     read_fails_in_the_middle_of_a_gather_of_zero3,
+    no_memory_for_a_bucket_on_the_rank_that_sends,
 ]
 
 

@@ -21,6 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from tests.distributed.launch import run_ranks
 from tests.tiny_models import KINDS, build
@@ -35,8 +37,9 @@ Pairs = list[tuple[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("group", ["ddp", "fsdp2", "dtensor"])
-def test_rank_0_streams_what_a_single_process_would_and_the_others_nothing(group: str) -> None:
-    for rank, log in enumerate(run_ranks(Path(__file__), WORLD, 240, {"GROUP": group})):
+def test_rank_0_streams_what_a_single_process_would_and_the_others_nothing(group: str, tmp_path: Path) -> None:
+    env = {"GROUP": group, "FOLDER": str(tmp_path)}
+    for rank, log in enumerate(run_ranks(Path(__file__), WORLD, 240, env)):
         ended = [line.split() for line in log.splitlines() if line.startswith("streamed ")]
         assert [case for _, case, _ in ended] == list(GROUPS[group])
         assert all((int(tensors) > 0) == (rank == 0) for _, _, tensors in ended)
@@ -179,6 +182,20 @@ def tensor_parallel() -> Pairs:
     return got
 
 
+def transformers_tensor_parallel(kind: str) -> Pairs:
+    """Cut by transformers' own plan, which packs gate and up projections of fused experts."""
+    folder = Path(os.environ["FOLDER"]) / kind
+    if dist.get_rank() == 0:
+        build(kind).save_pretrained(folder)
+    dist.barrier()
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=WORLD))
+    cut = [p for p in model.parameters() if isinstance(p, DTensor) and p.to_local().numel() < p.numel()]
+    assert len(cut) > len(model.model.layers) * 4
+    got = drained(open_source(model))
+    assert_equal(got, reference(build(kind)))
+    return got
+
+
 def sharded_buffer() -> Pairs:
     module = nn.Linear(2, 2)
     table = torch.arange(10.0).reshape(5, 2)
@@ -199,7 +216,12 @@ GROUPS: dict[str, dict[str, Callable[[], Pairs]]] = {
         "sharded_holder": fsdp2_inside_a_sharded_holder,
         "torch_state_dict": fsdp2_against_torchs_own_state_dict,
     },
-    "dtensor": {"tensor_parallel": tensor_parallel, "sharded_buffer": sharded_buffer},
+    "dtensor": {
+        "tensor_parallel": tensor_parallel,
+        "transformers_dense": lambda: transformers_tensor_parallel("qwen3"),
+        "transformers_experts": lambda: transformers_tensor_parallel("qwen3_moe"),
+        "sharded_buffer": sharded_buffer,
+    },
 }
 
 

@@ -18,7 +18,7 @@ from twinkle_callbacks.sources import WeightSource, open_source
 from twinkle_callbacks.sources.handles import Handle
 from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.mergeable import check_mergeable
-from twinkle_callbacks.sources.merging import is_part
+from twinkle_callbacks.sources.merging import is_part, merged
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
 
@@ -186,6 +186,19 @@ def test_an_adapter_that_a_layer_lacks_is_not_merged_there() -> None:
     assert not torch.equal(
         made["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"]
     )
+
+
+def test_adapters_that_take_no_part_are_not_gathered_and_may_come_later() -> None:
+    model = cases.CASES["lora"](torch.float32)
+    source = open_source(model)
+    before = {name: tensor.clone() for name, tensor in source.stream()}
+    cases.quiet(lambda: model.add_adapter("reference", peft.LoraConfig(**{**cases.LORA, "r": 2})))
+    source.check()
+    after = dict(source.stream())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    needed = merged("q_proj", layer, Holdings(layer), lambda _, dtype: dtype).needs
+    assert [wanted.handle.shape for wanted in needed if wanted.handle.shape[0] == 2] == []
 
 
 def test_attention_of_torch() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from transformers import GPTQConfig
 
 from tests.tiny_models import build
@@ -104,6 +104,30 @@ class TestFSDP1InAWorldOfOne:
         want = dict(open_source(build("qwen3")).stream())
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], want[name]) for name in want)
+
+    def test_values_assigned_to_a_parameter_are_streamed(self, use_orig_params: bool) -> None:
+        wrapped = self.wrapped(use_orig_params)
+        weight = wrapped.module.net.lm_head.weight  # without the original parameters, a view of the flat one
+        if use_orig_params:
+            weight.data = weight.data + 1
+        else:
+            weight.data.add_(1)
+        got = dict(open_source(wrapped, module="net").stream())
+        assert torch.equal(got["lm_head.weight"], build("qwen3").lm_head.weight + 1)
+
+    def test_buffers_keep_their_dtype_though_fsdp_casts_them(self, use_orig_params: bool) -> None:
+        holder = LitModule(net=build("qwen3"))
+        holder.net.model.norm.register_buffer("scale", torch.rand(3).bfloat16().float())
+        bf16 = MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+        wrapped = FullyShardedDataParallel(
+            holder, device_id=torch.device("cpu"), use_orig_params=use_orig_params, mixed_precision=bf16
+        )
+        holder.forward = lambda ids: holder.net(input_ids=ids)
+        source, want = open_source(wrapped, module="net"), holder.net.model.norm.scale.clone()
+        wrapped(torch.zeros(1, 2, dtype=torch.int64))
+        assert holder.net.model.norm.scale.dtype == torch.bfloat16
+        source.check()
+        assert torch.equal(dict(source.stream())["model.norm.scale"], want)
 
     def test_module_without_the_wrapper_that_flattened_it_is_refused(self, use_orig_params: bool) -> None:
         advice = "pass the whole wrapped module" if use_orig_params else "has no parameters; pass the module"

@@ -323,6 +323,18 @@ def test_push_before_open_and_after_close_says_what_to_do(policy: torch.nn.Modul
         assert sync.push(version=3).version == 3
 
 
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_policy_that_changed_fails_one_push_and_is_taken_anew_by_the_next(
+    policy: torch.nn.Module, rollouts: list[FakeRollout], dtype: str | None
+) -> None:
+    with synchronizer(policy, rollouts, dtype=dtype) as sync:
+        policy.append(torch.nn.Linear(2, 2))
+        with pytest.raises(SyncError, match=r"'start': .*2.weight is new"):
+            sync.push(version=1)
+        sync.push(version=2)
+    assert_serves(rollouts[0], policy, 2)
+
+
 def test_the_policy_is_read_and_never_changed(policy: torch.nn.Module, rollouts: list[FakeRollout]) -> None:
     before = [(p.data_ptr(), p._version, p.requires_grad) for p in policy.parameters()]
     with synchronizer(policy, rollouts) as sync:
