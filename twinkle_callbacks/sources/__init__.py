@@ -1,7 +1,12 @@
 """Where the weights come from: a trained module, sharded or not, or a checkpoint folder.
 
 A `WeightSource` yields `(checkpoint name, full tensor)` pairs in the names and layouts that vLLM's loader expects.
-`open_source` makes one over whatever the trainer holds; `CheckpointSource` is one over files.
+`open_source` makes one over whatever the trainer holds; `AdapterSource` is one over an adapter alone, `CheckpointSource`
+one over files. The way of a tensor:
+
+    holdings.py   which module holds what     dtensor.py | fsdp1.py | zero3.py   which rank holds which part: handles.py
+    survey.py     what the checkpoint has     merging.py | quantized.py          what each of it is made of: units.py
+    gather.py     the parts come to rank 0    conversions.py                     names and layouts of the checkpoint
 """
 
 from __future__ import annotations
@@ -15,9 +20,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from twinkle_callbacks.sources.adapter import AdapterSource
     from twinkle_callbacks.sources.checkpoint import CheckpointSource
 
-__all__ = ["CheckpointSource", "WeightSource", "open_source"]
+__all__ = ["AdapterSource", "CheckpointSource", "WeightSource", "open_source"]
 
 
 def open_source(model: nn.Module | WeightSource, *, module: str = "", dtype: torch.dtype | None = None) -> WeightSource:
@@ -48,6 +54,10 @@ def open_source(model: nn.Module | WeightSource, *, module: str = "", dtype: tor
 
 def __getattr__(name: str) -> object:
     # Torch is loaded only when a source is used, so that `--help` stays fast.
+    if name == "AdapterSource":
+        from twinkle_callbacks.sources.adapter import AdapterSource
+
+        return AdapterSource
     if name == "CheckpointSource":
         from twinkle_callbacks.sources.checkpoint import CheckpointSource
 
