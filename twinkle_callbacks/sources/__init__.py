@@ -1,8 +1,8 @@
 """Where the weights come from: a trained module, sharded or not, or a checkpoint folder.
 
 A `WeightSource` yields `(checkpoint name, full tensor)` pairs in the names and layouts that vLLM's loader expects.
-`open_source` makes one over whatever the trainer holds; `AdapterSource` is one over an adapter alone, `CheckpointSource`
-one over files. The way of a tensor:
+`open_source` makes one over whatever the trainer holds; `AdapterSource` is one over an adapter alone,
+`CheckpointSource` one over files. The way of a tensor:
 
     holdings.py   which module holds what     dtensor.py | fsdp1.py | zero3.py   which rank holds which part: handles.py
     survey.py     what the checkpoint has     merging.py | quantized.py          what each of it is made of: units.py

@@ -86,7 +86,7 @@ def _handle(flat: Any, index: int, name: str, shape: tuple[int, ...], start: int
     dtype = _shard(flat).dtype
     if not flat.uses_sharded_strategy:
         return Handle(dtype, shape, lambda: _part(flat, index, start, stop).view(shape))
-    ranks = torch.distributed.get_process_group_ranks(flat.process_group)
+    ranks = tuple(torch.distributed.get_process_group_ranks(flat.process_group))
     rank = torch.distributed.get_rank()
     if LEADER not in ranks:
         return of_other_ranks(dtype, shape)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from twinkle_callbacks.buckets.packing import as_bytes, copyable, nbytes_of, view_at
+from twinkle_callbacks.buckets.packing import as_bytes, copyable, nbytes_of
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.handles import LEADER, Block
 from twinkle_callbacks.sources.units import Unit, Wanted
@@ -30,8 +30,6 @@ BUCKET_BYTES = 32 << 20
 
 PACKED_BYTES = 1 << 20
 """Blocks below this size share a message: waiting for each would cost more than copying it."""
-
-_ALIGNMENT_BYTES = 16
 
 
 def gathered(units: Sequence[Unit]) -> Generator[tuple[Unit, list[torch.Tensor]], None, None]:
@@ -80,31 +78,39 @@ def _in_buckets(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     return buckets
 
 
-class _Part(NamedTuple):
-    """A rank's block of one tensor of a bucket, and where it lies in its message."""
+class _Message(NamedTuple):
+    """Blocks of a bucket that travel together, flattened and one after another.
 
-    which: int
-    block: Block
-    offset: int
-    nbytes: int
+    Attributes:
+        dtype: of all of them.
+        parts: position in the bucket, and block, of each.
+    """
+
+    dtype: torch.dtype
+    parts: list[tuple[int, Block]]
+
+    @property
+    def numels(self) -> list[int]:
+        return [block.numel for _, block in self.parts]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.numels) * self.dtype.itemsize
 
 
-def _messages(bucket: Sequence[Wanted], rank: int) -> list[list[_Part]]:
-    """What `rank` sends for a bucket: each large block alone, then all small ones together."""
-    alone: list[list[_Part]] = []
-    packed: list[_Part] = []
-    end = 0
-    for index, (handle, dtype) in enumerate(bucket):
+def _messages(bucket: Sequence[Wanted], rank: int) -> list[_Message]:
+    """What `rank` sends for a bucket: each large block alone, then all small ones of a dtype together."""
+    alone: list[_Message] = []
+    packed: dict[torch.dtype, _Message] = {}
+    for position, (handle, dtype) in enumerate(bucket):
         block = handle.blocks.get(rank)
         if block is None or not block.numel:
             continue
-        nbytes = nbytes_of(dtype, block.shape)
-        if nbytes >= PACKED_BYTES:
-            alone.append([_Part(index, block, 0, nbytes)])
+        if nbytes_of(dtype, block.shape) >= PACKED_BYTES:
+            alone.append(_Message(dtype, [(position, block)]))
         else:
-            packed.append(_Part(index, block, end, nbytes))
-            end = -(-(end + nbytes) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return [*alone, packed] if packed else alone
+            packed.setdefault(dtype, _Message(dtype, [])).parts.append((position, block))
+    return [*alone, *packed.values()]
 
 
 # The ranks that hold
@@ -117,16 +123,16 @@ def _send(buckets: Sequence[Sequence[Wanted]], wire: torch.device) -> None:
     under_way: list[tuple[list[torch.Tensor], list[dist.Work]]] = []
     for bucket in buckets:
         outgoing = []
-        for parts in _messages(bucket, rank):
+        for message in _messages(bucket, rank):
             try:
                 if failure is not None:
                     raise failure
-                message = _message(bucket, parts, wire)
+                content = _content(message, bucket, wire)
             except Exception as error:  # whatever a module's own tensors raise; the others must not wait for it
                 failure = error
-                message = torch.zeros(_length(parts), dtype=torch.uint8, device=wire)
-            outgoing.append(message)
-        under_way.append((outgoing, _start([dist.P2POp(dist.isend, message, LEADER) for message in outgoing])))
+                content = torch.zeros(message.nbytes, dtype=torch.uint8, device=wire)
+            outgoing.append(content)
+        under_way.append((outgoing, _start([dist.P2POp(dist.isend, content, LEADER) for content in outgoing])))
         if len(under_way) == 2:
             _wait(under_way.pop(0)[1])
     for _, works in under_way:
@@ -135,15 +141,11 @@ def _send(buckets: Sequence[Sequence[Wanted]], wire: torch.device) -> None:
         raise failure
 
 
-def _message(bucket: Sequence[Wanted], parts: Sequence[_Part], wire: torch.device) -> torch.Tensor:
-    if len(parts) == 1:
-        handle, dtype = bucket[parts[0].which]
-        return as_bytes(_checked(handle.local(), parts[0].block).to(wire, dtype))
-    message = torch.empty(_length(parts), dtype=torch.uint8, device=wire)
-    for index, block, offset, _ in parts:
-        handle, dtype = bucket[index]
-        _copy(view_at(message, offset, dtype, block.shape), _checked(handle.local(), block))
-    return message
+def _content(message: _Message, bucket: Sequence[Wanted], wire: torch.device) -> torch.Tensor:
+    """The bytes of a message; those of a block that is alone are sent from where they are, if they need no cast."""
+    held = [_checked(bucket[position].handle.local(), block) for position, block in message.parts]
+    flat = [copyable(tensor.to(wire, message.dtype)).reshape(-1) for tensor in held]
+    return as_bytes(flat[0] if len(flat) == 1 else torch.cat(flat))
 
 
 def _checked(local: torch.Tensor, block: Block) -> torch.Tensor:
@@ -201,11 +203,11 @@ class _Arriving:
             if self._next is not None:
                 self._next.wait()
             self._current = self._next = None
-            coming = [message for bucket in reversed(self._waiting) for message in _incoming(bucket)]
-            largest = max((_length(parts) for _, parts in coming), default=0)
+            coming = [each for bucket in reversed(self._waiting) for each in _incoming(bucket)]
+            largest = max((message.nbytes for _, message in coming), default=0)
             scratch = torch.empty(largest, dtype=torch.uint8, device=self._wire)
-            for rank, parts in coming:
-                _wait(_start([dist.P2POp(dist.irecv, scratch[: _length(parts)], rank)]))
+            for rank, message in coming:
+                _wait(_start([dist.P2POp(dist.irecv, scratch[: message.nbytes], rank)]))
         except RuntimeError as error:  # of torch: a link is gone, or there is no memory at all
             logger.error("cannot drain the gather, so other ranks wait until their deadline: %s", error)
 
@@ -218,20 +220,21 @@ class _Bucket:
         self._taken = 0
         self._full: dict[int, torch.Tensor] = {}
         self._beside: dict[int, list[tuple[Block, torch.Tensor]]] = {}
-        self._works = _start([dist.P2POp(dist.irecv, self._landing(parts), rank) for rank, parts in _incoming(bucket)])
+        self._works = _start(
+            [dist.P2POp(dist.irecv, self._landing(message), rank) for rank, message in _incoming(bucket)]
+        )
 
-    def _landing(self, parts: Sequence[_Part]) -> torch.Tensor:
-        """Where a message goes: into the full tensor if it is one block that lies in one piece there."""
-        first = parts[0]
-        if len(parts) == 1 and first.nbytes >= PACKED_BYTES and len(first.block.boxes) == 1:
-            place = self._grid(first.which)[first.block.boxes[0].full]
+    def _landing(self, message: _Message) -> torch.Tensor:
+        """Where a message goes: into the full tensor if it is one large block that lies in one piece there."""
+        position, block = message.parts[0]
+        if message.nbytes >= PACKED_BYTES and len(message.parts) == 1 and len(block.boxes) == 1:
+            place = self._grid(position)[block.boxes[0].full]
             if place.is_contiguous():
-                return place.view(-1).view(torch.uint8)
-        message = torch.empty(_length(parts), dtype=torch.uint8, device=self._wire)
-        for index, block, offset, _ in parts:
-            piece = view_at(message, offset, self._bucket[index].dtype, block.shape)
-            self._beside.setdefault(index, []).append((block, piece))
-        return message
+                return as_bytes(place)
+        beside = torch.empty(sum(message.numels), dtype=message.dtype, device=self._wire)
+        for (position, block), piece in zip(message.parts, torch.split(beside, message.numels), strict=True):
+            self._beside.setdefault(position, []).append((block, piece.view(block.shape)))
+        return as_bytes(beside)
 
     def _grid(self, index: int) -> torch.Tensor:
         """A full tensor, in the shape that its blocks are seen in."""
@@ -261,10 +264,10 @@ class _Bucket:
 # Both
 
 
-def _incoming(bucket: Sequence[Wanted]) -> list[tuple[int, list[_Part]]]:
+def _incoming(bucket: Sequence[Wanted]) -> list[tuple[int, _Message]]:
     """The messages that rank 0 gets for a bucket, and the ranks they come from."""
     ranks = sorted({rank for handle, _ in bucket for rank in handle.blocks} - {LEADER})
-    return [(rank, parts) for rank in ranks for parts in _messages(bucket, rank)]
+    return [(rank, message) for rank in ranks for message in _messages(bucket, rank)]
 
 
 def _put(grid: torch.Tensor, block: Block, held: torch.Tensor) -> None:
@@ -274,10 +277,6 @@ def _put(grid: torch.Tensor, block: Block, held: torch.Tensor) -> None:
     else:
         for each in block.boxes:
             _copy(grid[each.full], held[each.held])
-
-
-def _length(parts: Sequence[_Part]) -> int:
-    return parts[-1].offset + parts[-1].nbytes
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -109,7 +110,8 @@ def of_other_ranks(dtype: torch.dtype, shape: tuple[int, ...]) -> Handle:
     return Handle(dtype, shape, lambda: torch.empty(0, dtype=dtype), {}, shape, is_sharded=True)
 
 
-def ranges(ranks: list[int], chunk: int, start: int, stop: int) -> dict[int, Block]:
+@lru_cache(maxsize=65536)
+def ranges(ranks: tuple[int, ...], chunk: int, start: int, stop: int) -> Mapping[int, Block]:
     """Blocks of the elements `start` to `stop` of a flat buffer, of which each of `ranks` holds `chunk` in turn.
 
     Offsets are counted from `start`.

@@ -11,7 +11,7 @@ from torch import nn
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources import fsdp1, zero3
 from twinkle_callbacks.sources.handles import Handle, whole
-from twinkle_callbacks.sources.names import canonical, loaded
+from twinkle_callbacks.sources.names import WRAPPER_COMPONENTS, loaded
 
 
 class Holdings:
@@ -64,6 +64,10 @@ class Holdings:
 
 
 def _handle(name: str, tensor: Any) -> Handle:
+    if isinstance(tensor, loaded("torch.distributed.tensor", "DTensor")) and tensor.device.type != "meta":
+        from twinkle_callbacks.sources import dtensor
+
+        return dtensor.handle(name, tensor)
     if nn.parameter.is_lazy(tensor):
         raise SourceError(f"{name!r} is not initialized yet; run one forward pass before training starts")
     fsdp1.refuse_part(name, tensor)
@@ -74,10 +78,6 @@ def _handle(name: str, tensor: Any) -> Handle:
             f"{name!r} is on the meta device and has no values; load the weights first (parameters that accelerate "
             f"offloads to CPU or disk by hooks cannot be streamed)"
         )
-    if isinstance(tensor, loaded("torch.distributed.tensor", "DTensor")):
-        from twinkle_callbacks.sources import dtensor
-
-        return dtensor.handle(name, tensor)
     return whole(tensor)
 
 
@@ -91,7 +91,7 @@ def _modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, child in module._modules.items():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
-                found.append((f"{path}{name}." if canonical(name) else path, child))
+                found.append((path if name in WRAPPER_COMPONENTS else f"{path}{name}.", child))
     return found
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from twinkle_callbacks.errors import SourceError
 
-_WRAPPER_COMPONENTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+WRAPPER_COMPONENTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 
 
 def loaded(module: str, name: str) -> tuple[type[Any], ...]:
@@ -75,7 +75,7 @@ def select(root: nn.Module, path: str) -> nn.Module:
 
 def canonical(path: str) -> str:
     """Drops the components that wrappers add to a dotted path."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPER_COMPONENTS)
+    return ".".join(part for part in path.split(".") if part not in WRAPPER_COMPONENTS)
 
 
 def tied_patterns(module: nn.Module) -> list[re.Pattern[str]]:

@@ -35,7 +35,7 @@ def handle(name: str, parameter: Any) -> Handle:
             f"{name!r} is quantized by DeepSpeed, whose codes are no weights; "
             f"set zero_quantized_nontrainable_weights to false"
         )
-    ranks = torch.distributed.get_process_group_ranks(parameter.ds_process_group)
+    ranks = tuple(torch.distributed.get_process_group_ranks(parameter.ds_process_group))
     rank = torch.distributed.get_rank()
     if LEADER not in ranks:
         return of_other_ranks(part.dtype, shape)
