@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny_models import build
@@ -17,8 +19,11 @@ from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources import open_source
 from twinkle_callbacks.sources.names import canonical, loaded, select, unwrap
 
-# Torch's own import of dynamo warns.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+# Torch's own import of dynamo warns, FSDP1 is deprecated, and a world of one is too small for it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*FSDP.*"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,6 +74,17 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
+def shard_flat(model: nn.Module) -> nn.Module:
+    """By FSDP1, layer by layer; of tied embeddings both ends have to be in one unit, here the root's."""
+    policy = ModuleWrapPolicy({type(model.model.layers[0])})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def adapt(model: nn.Module) -> nn.Module:
+    """With a LoRA adapter that does nothing yet, so that it is merged into the same weights."""
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"]))
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compile": torch.compile,
     "DDP": DistributedDataParallel,
@@ -87,6 +103,14 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FSDP2(layers checkpointed)": lambda m: shard(checkpoint_layers(m)),
     "FSDP2(layers compiled)": lambda m: shard(compile_layers(m)),
     "compile(FSDP2)": lambda m: torch.compile(shard(m)),
+    "FSDP1": shard_flat,
+    "FSDP1(layers checkpointed)": lambda m: shard_flat(checkpoint_layers(m)),
+    "compile(FSDP1)": lambda m: torch.compile(shard_flat(m)),
+    "PEFT": adapt,
+    "PEFT(layers checkpointed, then compiled)": lambda m: adapt(compile_layers(checkpoint_layers(m))),
+    "DDP(PEFT)": lambda m: DistributedDataParallel(adapt(m)),
+    "compile(DeepSpeed engine(PEFT))": lambda m: torch.compile(DeepSpeedEngine(adapt(m))),
+    "PEFT(FSDP2)": lambda m: adapt(shard(m)),
 }
 
 
