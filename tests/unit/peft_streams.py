@@ -1,28 +1,24 @@
-"""A walk over a policy that PEFT is in, as short as it can be: what the tests of merging stream with."""
+"""The units of a policy, and what they give: what the tests of merging and of quantized bases stream with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from twinkle_callbacks.sources.holdings import Holdings
-from twinkle_callbacks.sources.merging import is_part, merged, stand_in
-from twinkle_callbacks.sources.names import canonical
-from twinkle_callbacks.sources.quantized import is_quantized, unit_of
-from twinkle_callbacks.sources.units import Output, Unit, Wanted
+from twinkle_callbacks.sources.names import unwrap
+from twinkle_callbacks.sources.survey import _walk
+from twinkle_callbacks.sources.units import Unit, Wanted
 
 
-def units_of(model: nn.Module, dtype: torch.dtype | None = None, held: Holdings | None = None) -> Iterator[Unit]:
-    """The units of everything a policy computes with, in the order of the module tree."""
-    wrapped: Any = model
-    base = wrapped.base_model.model if hasattr(wrapped, "peft_config") else wrapped
-    yield from _walk(base, "", held or Holdings(model), lambda name, own: dtype or own)
+def units_of(model: nn.Module, dtype: torch.dtype | None = None, held: Holdings | None = None) -> list[Unit]:
+    """The units of everything a policy computes with, in the order of the module tree, tied ends each for itself."""
+    return list(_walk(unwrap(model), "", held or Holdings(model), lambda _, own: dtype or own))
 
 
-def streamed(units: Iterator[Unit], gather: Callable[[Wanted], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def streamed(units: Iterable[Unit], gather: Callable[[Wanted], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Every output of the units by name, copied."""
     take = gather or (lambda wanted: wanted.handle.local().to(wanted.dtype))
     made = {}
@@ -34,25 +30,3 @@ def streamed(units: Iterator[Unit], gather: Callable[[Wanted], torch.Tensor] | N
                 assert output.name not in made
                 made[output.name] = tensor.clone()
     return made
-
-
-def _walk(module: nn.Module, path: str, held: Holdings, sent: Any) -> Iterator[Unit]:
-    if is_part(module):
-        instead = stand_in(module)
-        if instead is None:
-            yield merged(canonical(path), module, held, sent)
-        else:
-            yield from _walk(instead, path, held, sent)
-        return
-    if is_quantized(module):
-        yield unit_of(canonical(path), module, list(held.tensors(module)), sent)
-        return
-    prefix = f"{path}." if path else ""
-    for name, handle in held.tensors(module):
-        if name not in module._non_persistent_buffers_set:
-            full_name = canonical(prefix + name)
-            dtype = sent(full_name, handle.dtype)
-            yield Unit((Output(full_name, dtype, handle.shape, handle),), (Wanted(handle, dtype),))
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _walk(child, prefix + name, held, sent)
