@@ -34,7 +34,11 @@ def host() -> Rendezvous:
 
 @pytest.fixture
 def short_host() -> Rendezvous:
-    return Rendezvous.host_session("127.0.0.1", "loopback", TOKEN, SHORT_S)
+    """Waits for receivers a short time only; its own store, on a busy machine, gets longer to come up."""
+    host = Rendezvous.host_session("127.0.0.1", "loopback", TOKEN, TIMEOUT_S)
+    host._store.set_timeout(timedelta(seconds=SHORT_S))
+    host._timeout_s = SHORT_S
+    return host
 
 
 def guest(host: Rendezvous, token: str = TOKEN, timeout_s: float = TIMEOUT_S) -> Rendezvous:
