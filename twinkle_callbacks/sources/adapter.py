@@ -70,7 +70,9 @@ class AdapterSource(WeightSource):
         self.adapter_name = _choose(self._holder, adapter_name)
         self._checked: list[Unit] | None = None
         self._places = self._find()
-        self._specs = _specs(self._units(Holdings(self._root)))
+        units = self._units(Holdings(self._root))
+        self._opened = [unit.outputs for unit in units]
+        self._specs = _specs(units)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -158,11 +160,12 @@ class AdapterSource(WeightSource):
                 f"{f' ({gone[0]} is gone)' if gone else ''}; keep it while it is synced, or open a new source"
             )
         units = self._units(holdings)
-        for before, now in zip(self._specs, _specs(units), strict=True):
-            if before != now:
+        for unit, before in zip(units, self._opened, strict=True):
+            if unit.outputs != before:
+                (was,), (now,) = before, unit.outputs
                 raise SourceError(
-                    f"{before.name} was {before.dtype}{list(before.shape)} when the source was opened and is "
-                    f"{now.dtype}{list(now.shape)}; open a new source"
+                    f"{was.name} was {dtype_name(was.dtype)}{list(was.shape)} when the source was opened and is "
+                    f"{dtype_name(now.dtype)}{list(now.shape)}; open a new source"
                 )
         return units
 

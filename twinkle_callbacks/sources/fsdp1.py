@@ -16,6 +16,11 @@ Place = tuple[int, str]
 """A module's id and the name of one of its parameters."""
 
 
+def wrapper() -> tuple[type[Any], ...]:
+    """The class of the units, for `isinstance`; empty where nobody has imported it."""
+    return loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
 def handles(modules: Iterable[nn.Module]) -> dict[Place, Handle]:
     """The handles of all parameters that FSDP1 holds for any of `modules`, those of tied ones shared. Local.
 
@@ -25,10 +30,9 @@ def handles(modules: Iterable[nn.Module]) -> dict[Place, Handle]:
     Raises:
         SourceError: FSDP1 over tensor parallelism, whose parts are no plain tensors.
     """
-    fsdp1 = loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     found: dict[Place, Handle] = {}
     for unit in modules:
-        if isinstance(unit, fsdp1):
+        if isinstance(unit, wrapper()):
             flat = getattr(unit, "_handle", None)
             if flat is not None:
                 found.update(_of_unit(flat))
@@ -40,11 +44,10 @@ def buffer_dtypes(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:
 
     Its state dicts cast them back; see torch/distributed/fsdp/_state_dict_utils.py.
     """
-    fsdp1 = loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     found = {}
     for module in modules:
         unit: Any = module
-        if isinstance(unit, fsdp1) and unit._is_root and unit.mixed_precision.buffer_dtype is not None:
+        if isinstance(unit, wrapper()) and unit._is_root and unit.mixed_precision.buffer_dtype is not None:
             for name, buffer in unit.module.named_buffers():
                 found[id(buffer)] = unit._buffer_name_to_orig_dtype.get(canonical(name), buffer.dtype)
     return found

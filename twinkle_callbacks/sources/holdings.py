@@ -24,9 +24,11 @@ class Holdings:
     def __init__(self, root: nn.Module) -> None:
         modules = _modules(root)
         self._paths = {id(module): path for path, module in modules}
-        _reshard(module for _, module in modules)
-        self._flat = fsdp1.handles(module for _, module in modules)
-        self._buffer_dtypes = fsdp1.buffer_dtypes(module for _, module in modules)
+        wrappers = loaded("torch.distributed.fsdp", "FSDPModule") + fsdp1.wrapper()
+        sharded = [module for _, module in modules if isinstance(module, wrappers)]
+        _reshard(sharded)
+        self._flat = fsdp1.handles(sharded)
+        self._buffer_dtypes = fsdp1.buffer_dtypes(sharded)
         self._flat_names: dict[int, list[str]] = {}
         for module, name in self._flat:
             self._flat_names.setdefault(module, []).append(name)
