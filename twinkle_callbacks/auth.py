@@ -1,6 +1,9 @@
 """The shared secret of trainers and rollouts: where it is kept, and the MACs made with it.
 
 The token never travels. Each side proves that it has it by an HMAC-SHA256 over fresh nonces of both.
+
+Who has a server's token may do everything there. A tenant's token is derived from it for one name, and may touch only
+the adapters of that name: the server derives it again from the name, so it keeps no list of tenants.
 """
 
 from __future__ import annotations
@@ -8,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import stat
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from twinkle_callbacks.errors import AuthenticationError
 
@@ -20,6 +25,15 @@ MIN_TOKEN_CHARS = 16
 NONCE_BYTES = 32
 SIGNATURE_HEADER = "x-twinkle-signature"
 MAX_CLOCK_SKEW_S = 300.0
+TENANT_PREFIX = "tenant"
+TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Signed(NamedTuple):
+    """What a checked signature says: the nonce, which may not be accepted twice, and the tenant, empty for none."""
+
+    nonce: str
+    tenant: str
 
 
 def token_path() -> Path:
@@ -75,6 +89,42 @@ def _create(path: Path) -> None:
         temporary.unlink()
 
 
+def tenant_token(token: str, tenant: str) -> str:
+    """The token of a tenant, made from the server's.
+
+    Args:
+        token: the server's token.
+        tenant: the tenant's name: letters, digits, `.`, `_` and `-`.
+
+    Raises:
+        AuthenticationError: the name is of another form, or `token` is itself a tenant's.
+    """
+    if not TENANT_NAME.fullmatch(tenant):
+        raise AuthenticationError(f"tenant {tenant!r}: a name has letters, digits, '.', '_', '-', at most 64 of them")
+    if tenant_of(token):
+        raise AuthenticationError(
+            f"this is the token of tenant {tenant_of(token)!r}; only the server's token makes others"
+        )
+    return f"{TENANT_PREFIX}:{tenant}:{mac(token, 'tenant', tenant).hex()}"
+
+
+def tenant_of(token: str) -> str:
+    """Name of the tenant whose token this is, empty for a server's token."""
+    prefix, _, rest = token.partition(":")
+    tenant, _, secret = rest.partition(":")
+    return tenant if prefix == TENANT_PREFIX and secret else ""
+
+
+def may_touch(tenant: str, adapter: str) -> bool:
+    """Whether a tenant may sync, attach or detach an adapter: its own name, and `<its name>/<anything>`."""
+    return not tenant or adapter == tenant or adapter.startswith(f"{tenant}/")
+
+
+def key_of(token: str, tenant: str) -> str:
+    """On a server with this token: what a tenant signs with."""
+    return tenant_token(token, tenant) if tenant else token
+
+
 def nonce() -> bytes:
     """Fresh random bytes, to be used once."""
     return secrets.token_bytes(NONCE_BYTES)
@@ -97,27 +147,30 @@ def verify(expected: bytes, given: bytes) -> bool:
 def sign_request(token: str, method: str, target: str, body: bytes) -> str:
     """Value of the signature header for an HTTP request; `target` is path and query."""
     stamp, fresh = f"{time.time():.3f}", secrets.token_hex(16)
-    return f"{stamp}:{fresh}:{_request_mac(token, method, target, body, stamp, fresh).hex()}"
+    signature = _request_mac(token, method, target, body, stamp, fresh).hex()
+    tenant = tenant_of(token)
+    return f"{stamp}:{fresh}:{signature}" + (f":{tenant}" if tenant else "")
 
 
-def check_request(token: str, header: str, method: str, target: str, body: bytes) -> str:
-    """Checks a signature header and returns its nonce, which the caller must not accept twice.
+def check_request(token: str, header: str, method: str, target: str, body: bytes) -> Signed:
+    """Checks a signature header, made with the server's token or that of a tenant.
 
     Raises:
         AuthenticationError: malformed, older than the allowed clock skew, or made with another token.
     """
     try:
-        stamp, fresh, signature = header.split(":")
+        stamp, fresh, signature, *tenants = header.split(":")
         age_s, given = abs(time.time() - float(stamp)), bytes.fromhex(signature)
+        [tenant] = tenants or [""]
     except ValueError:
         raise AuthenticationError(f"malformed {SIGNATURE_HEADER} header") from None
-    if not verify(_request_mac(token, method, target, body, stamp, fresh), given):
+    if not verify(_request_mac(key_of(token, tenant), method, target, body, stamp, fresh), given):
         raise AuthenticationError("the request is signed with another token than the server's")
     if not age_s <= MAX_CLOCK_SKEW_S:
         raise AuthenticationError(
             f"the request was signed {age_s:.0f} s away from the server's clock; synchronize the clocks"
         )
-    return fresh
+    return Signed(fresh, tenant)
 
 
 def _request_mac(token: str, method: str, target: str, body: bytes, stamp: str, fresh: str) -> bytes:

@@ -21,7 +21,6 @@ Verify = Literal["off", "digest", "canary"]
 OnError = Literal["raise", "drop_replica", "skip"]
 
 _NOT_YET = {
-    ("merge_and_sync", False): "adapter-only sync",
     ("overlap", True): "overlapping a push with training",
     ("verify", "canary"): "the logprob canary",
     ("on_error", "drop_replica"): "going on with the remaining replicas",
@@ -56,7 +55,7 @@ class SyncSettings(BaseModel):
     rollouts: tuple[Any, ...] = (DEFAULT_ROLLOUT,)
     engine: str = "auto"
     merge_and_sync: bool = True
-    adapter_name: str | None = None
+    adapter_name: str | None = Field(None, min_length=1, max_length=256, pattern=r"^[^\s]+$")
     every_n_steps: int = Field(1, ge=1)
     bucket_size_mb: int = Field(512, ge=1, le=65536)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -87,8 +86,11 @@ class SyncSettings(BaseModel):
                 raise ValueError(
                     f"{name}={value!r}: {what} is not available in this version; leave {name} at its default"
                 )
-        if self.adapter_name is not None:
-            raise ValueError("adapter_name is for adapter-only sync, which is not available in this version")
+        if self.adapter_name is not None and self.merge_and_sync:
+            raise ValueError(
+                f"adapter_name={self.adapter_name!r} names an adapter that travels alone, but merge_and_sync=True "
+                f"merges it into the base; set merge_and_sync=False, or leave adapter_name out"
+            )
         return self
 
     @classmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,18 @@ from twinkle_callbacks.errors import (
 )
 from twinkle_callbacks.report import ReplicaReport
 from twinkle_callbacks.rollouts import Rollout, open_rollout
-from twinkle_callbacks.worker.messages import ABORT, CHECK, RECEIVE, Checked, Committed, Joined, JoinRequest, Staged
+from twinkle_callbacks.worker.messages import (
+    ABORT,
+    CHECK,
+    LEAVE,
+    RECEIVE,
+    AdapterCall,
+    Checked,
+    Committed,
+    Joined,
+    JoinRequest,
+    Staged,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -65,7 +77,9 @@ class Fleet:
         self.engine: CheckpointEngine | None = None
         self.replicas: list[Replica] = []
         self._token = auth.load_token(settings.token)
+        self._client = secrets.token_hex(8)
         self._push = 0
+        self._version = 0
 
     def connect(self) -> None:
         """The handshake: joins every worker of every rollout into one new group.
@@ -91,12 +105,16 @@ class Fleet:
         except TwinkleError as error:
             raise type(error)(f"{error} ({self._who()}; its own log may say more)") from error
         for replica in self.replicas:
-            replica.joined = self._receipts_of(replica, "joined", Joined)
-            replica.in_update = any(worker.in_update for worker in replica.joined)
-            replica.may_serve = all(worker.intact for worker in replica.joined)
+            replica.joined = self.receipts_of(replica, "joined", Joined)
+            self._take_over(replica)
         self._each(self._end_update)
         self._check_servers()
         logger.info("synced with %s over engine %s", ", ".join(r.name for r in self.replicas), engine.name)
+
+    def _take_over(self, replica: Replica) -> None:
+        """Finds out what an earlier trainer left behind."""
+        replica.in_update = any(worker.in_update for worker in replica.joined)
+        replica.may_serve = all(worker.intact for worker in replica.joined)
 
     def _make_engine(self, rollouts: Sequence[Rollout]) -> CheckpointEngine:
         name = self.settings.engine
@@ -114,7 +132,10 @@ class Fleet:
         return engine
 
     def _invitation(self, replica: Replica, metadata: dict[str, object], world_size: int) -> dict[str, object]:
-        request = JoinRequest(
+        return self._request(replica, metadata, world_size).signed(self._token)
+
+    def _request(self, replica: Replica, metadata: dict[str, object], world_size: int) -> JoinRequest:
+        return JoinRequest(
             engine=str(metadata["engine"]),
             metadata=metadata,
             rank_offset=replica.ranks.start,
@@ -122,19 +143,15 @@ class Fleet:
             bucket_size=self.settings.bucket_size_bytes,
             timeout_s=self.settings.timeout_s,
             verify=self.settings.verify != "off",
+            client=self._client,
         )
-        return request.signed(self._token)
 
     def _check_servers(self) -> None:
         """Compares what the servers run with the settings and with each other."""
         first = self.replicas[0]
         for replica in self.replicas:
             runs = replica.joined[0]
-            if runs.enable_lora and self.settings.merge_and_sync:
-                raise RolloutError(
-                    f"{replica.name} runs with enable_lora=True, but merge_and_sync=True sends merged weights; "
-                    f"start the server without --enable-lora, or set merge_and_sync=False"
-                )
+            self._check_lora(replica)
             if runs.quantization is not None:
                 raise RolloutError(
                     f"{replica.name} runs a model quantized with {runs.quantization}, which this version cannot sync; "
@@ -146,14 +163,22 @@ class Fleet:
                     f"{replica.name} {_shape(runs)}; start all with the same one"
                 )
 
+    def _check_lora(self, replica: Replica) -> None:
+        if replica.joined[0].lora is not None:
+            raise RolloutError(
+                f"{replica.name} runs with enable_lora=True, but merge_and_sync=True sends merged weights; "
+                f"start the server without --enable-lora, or set merge_and_sync=False"
+            )
+
     @property
     def dtype(self) -> str:
-        """The dtype that the servers run, by its torch name."""
+        """The dtype in which the servers run what is sent, by its torch name."""
         return self.replicas[0].joined[0].dtype
 
-    def begin(self) -> None:
-        """Opens an update session on each rollout and lets its workers receive."""
+    def begin(self, version: int) -> None:
+        """Lets the workers of each rollout receive what becomes `version`."""
         self._push += 1
+        self._version = version
         self._each(self._begin)
 
     def _begin(self, replica: Replica) -> None:
@@ -164,7 +189,7 @@ class Fleet:
     def collect_staged(self) -> str:
         """Waits until every worker holds the whole stream. Returns its digest."""
         for replica in self.replicas:
-            replica.staged = self._receipts_of(replica, f"staged-{self._push}", Staged)
+            replica.staged = self.receipts_of(replica, f"staged-{self._push}", Staged)
             _raise_failure(replica, replica.staged)
         return self.replicas[0].staged[0].digest
 
@@ -174,7 +199,7 @@ class Fleet:
 
     def _check(self, replica: Replica) -> None:
         replica.rollout.update({"action": CHECK, "push": self._push})
-        _raise_failure(replica, self._receipts_of(replica, f"checked-{self._push}", Checked))
+        _raise_failure(replica, self.receipts_of(replica, f"checked-{self._push}", Checked))
 
     def located(self, error: TwinkleError) -> SyncError:
         """An error of the data plane, which knows ranks only, with the rollouts behind them."""
@@ -189,7 +214,7 @@ class Fleet:
             for r in self.replicas
         )
 
-    def commit(self, version: int) -> list[ReplicaReport]:
+    def commit(self) -> list[ReplicaReport]:
         """Pauses, commits on every rollout, sets the version, resumes.
 
         Raises:
@@ -199,7 +224,7 @@ class Fleet:
         reports: dict[int, ReplicaReport] = {}
 
         def commit(replica: Replica) -> None:
-            reports[id(replica)] = self._commit(replica, version)
+            reports[id(replica)] = self._commit(replica)
 
         self._each(commit)
         self._each(self._resume)
@@ -209,7 +234,7 @@ class Fleet:
         replica.paused = True  # also if it fails: vLLM pauses first, then waits and clears its caches
         replica.rollout.pause(self.settings.pause_mode, clear_cache=self.settings.stale_kv != "keep")
 
-    def _commit(self, replica: Replica, version: int) -> ReplicaReport:
+    def _commit(self, replica: Replica) -> ReplicaReport:
         could_serve, replica.may_serve = replica.may_serve, False
         try:
             replica.rollout.finish()
@@ -219,17 +244,17 @@ class Fleet:
             replica.may_serve = could_serve
             raise
         replica.in_update = False
-        committed = self._receipts_of(replica, f"committed-{self._push}", Committed)
+        committed = self.receipts_of(replica, f"committed-{self._push}", Committed)
         if any(worker.failure for worker in committed):
             replica.may_serve = all(worker.intact for worker in committed)
         _raise_failure(replica, committed)
-        replica.rollout.set_version(version)
+        replica.rollout.set_version(self._version)
         if self.settings.stale_kv != "keep":
             replica.rollout.reset_cache()
         replica.may_serve = True
         staged = replica.staged[0]
         seconds = max(worker.seconds for worker in committed)
-        return ReplicaReport(replica.name, version, staged.digest, staged.tensors, seconds)
+        return ReplicaReport(replica.name, self._version, staged.digest, staged.tensors, seconds)
 
     def _resume(self, replica: Replica) -> None:
         if replica.paused:
@@ -262,8 +287,14 @@ class Fleet:
 
     def leave(self) -> None:
         """Lets the rollouts free their end of the engine, then disconnects."""
-        self._attempt_each(lambda replica: replica.rollout.leave())
+        leave = AdapterCall(action=LEAVE, adapter=self._adapter_name)
+        for error in self._attempt_each(lambda replica: replica.rollout.call(leave.signed(self._token))).values():
+            logger.info("%s keeps its end of the engine until the next trainer comes: %s", error.rollouts[0], error)
         self.disconnect()
+
+    @property
+    def _adapter_name(self) -> str:
+        return ""
 
     def disconnect(self) -> None:
         """Leaves the engine's group and closes connections. Idempotent."""
@@ -274,7 +305,8 @@ class Fleet:
             replica.rollout.close()
         self.replicas = []
 
-    def _receipts_of(self, replica: Replica, topic: str, kind: type[T]) -> list[T]:
+    def receipts_of(self, replica: Replica, topic: str, kind: type[T]) -> list[T]:
+        """What each worker of a rollout answers on a topic; waits for all."""
         assert self.engine is not None
         try:
             messages = self.engine.collect_receipts(topic, replica.ranks)

@@ -9,6 +9,9 @@
                         rank 0 pauses the rollouts, they commit, it sets the version and resumes
                         the report, or the error, is shared: all ranks return it or all raise it
 
+With `merge_and_sync=False` the rollouts are asked first whether they hold the base, which is sent once if they do not;
+a push is then that of the adapter alone, which needs no pause: `adapter_fleet.py` in place of `fleet.py`.
+
 Nothing is committed before every worker of every rollout holds the whole stream, digest for digest, and takes it. After
 an error the engine is dropped, the rollouts go on with the weights they had, and the next push shakes hands anew.
 """
@@ -27,6 +30,8 @@ from typing import Any, Self, TypeVar, Unpack, cast
 import msgspec
 import torch
 
+from twinkle_callbacks.adapter_fleet import AdapterFleet, BaseFleet
+from twinkle_callbacks.buckets.digest import Digests, digests_of
 from twinkle_callbacks.buckets.packing import dtype_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
 from twinkle_callbacks.engines.base import SendStats
@@ -46,12 +51,14 @@ from twinkle_callbacks.errors import (
 from twinkle_callbacks.fleet import Fleet
 from twinkle_callbacks.report import SyncReport
 from twinkle_callbacks.rollouts import LocalRollout
-from twinkle_callbacks.sources import WeightSource, open_source
+from twinkle_callbacks.sources import AdapterSource, WeightSource, open_source
 from twinkle_callbacks.trainer_group import TrainerGroup
+from twinkle_callbacks.worker.messages import Adapter
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+S = TypeVar("S", bound=WeightSource)
 Stream = Generator[tuple[str, torch.Tensor], None, None]
 
 
@@ -167,8 +174,24 @@ class WeightSynchronizer:
         """Opens the source on every rank, sure that all of them would stream the same."""
         wanted = None if dtype is None else dtype_of(dtype)
 
-        def opened() -> tuple[WeightSource, list[str]]:
-            source = open_source(self._model, module=self.settings.module, dtype=wanted)
+        return self._same_everywhere(lambda: self._make_source(wanted))
+
+    def _make_source(self, dtype: torch.dtype | None) -> WeightSource:
+        settings = self.settings
+        if settings.merge_and_sync:
+            return open_source(self._model, module=settings.module, dtype=dtype)
+        if not isinstance(self._model, torch.nn.Module):
+            raise SourceError(
+                f"merge_and_sync=False needs the module that holds the base and the adapter, not a "
+                f"{type(self._model).__name__}"
+            )
+        return AdapterSource.served_as(settings.adapter_name, self._model, module=settings.module, dtype=dtype)
+
+    def _same_everywhere(self, make: Callable[[], S]) -> S:
+        """A source, made on every rank, of which all ranks would stream the same."""
+
+        def opened() -> tuple[S, list[str]]:
+            source = make()
             return source, source.agreement() if self._group.size > 1 else []
 
         source, mine = self._agreed(opened)
@@ -179,7 +202,7 @@ class WeightSynchronizer:
 
     def _connect(self) -> None:
         def handshake() -> str:
-            self._fleet = self._fleet or Fleet(self.settings)
+            self._fleet = self._prepared_fleet()
             self._fleet.connect()
             return self._fleet.dtype
 
@@ -187,10 +210,57 @@ class WeightSynchronizer:
         try:
             dtype = self._on_leader(handshake)
             self._source = self._open_source(self.settings.dtype or dtype)  # after a failed push, on what is there now
+            if not self.settings.merge_and_sync:
+                self._ensure_base()
         except BaseException:
             self._disconnect()
             raise
         self._connected = True
+
+    def _prepared_fleet(self) -> Fleet:
+        """What connects to the rollouts: kept from one connection to the next. Rank 0 only."""
+        if self.settings.merge_and_sync:
+            return self._fleet or Fleet(self.settings)
+        source = self._source
+        assert isinstance(source, AdapterSource)
+        name = self.settings.adapter_name or source.adapter_name
+        adapter = Adapter(name, source.config, {spec.name: spec.shape for spec in source.specs()})
+        if not isinstance(self._fleet, AdapterFleet):
+            return AdapterFleet(self.settings, adapter)
+        self._fleet.adapter = adapter
+        return self._fleet
+
+    def _ensure_base(self) -> None:
+        """Makes sure that the rollouts hold the base that the adapter was made for: compares, and sends if it must."""
+        dtype = self._on_leader(
+            lambda: None if self._leading_adapter.knows_base() else self._leading_adapter.base_dtype
+        )
+        if dtype is None:
+            return
+        wanted = dtype_of(self.settings.dtype or dtype)
+        base = self._same_everywhere(
+            lambda: open_source(self._model, module=self.settings.module, dtype=wanted, merge=False)
+        )
+        digests: Digests = {}
+
+        def digest(stream: Stream) -> None:
+            digests.update(digests_of(stream))
+
+        def compare() -> dict[str, str]:
+            return self._leading_adapter.compare_base(digests)
+
+        failure = self._drain(base, digest)
+        self._on_leader(lambda: _raise(failure))
+        differing = self._on_leader(compare)
+        if not differing:
+            return
+        self._on_leader(lambda: self._leading_adapter.refuse_another_base(differing))
+        settings = dict(self.settings) | {"merge_and_sync": True, "adapter_name": None, "on_error": "raise"}
+        with _BaseSynchronizer(base, **cast("SyncOptions", settings)):
+            logger.info("the base was sent")
+        differing = self._on_leader(compare)
+        if differing:
+            raise RolloutError(f"the base was sent, and still: {differing}")
 
     def _refuse_engines_of_other_ranks(self) -> None:
         mine = not self._group.is_leader and any(isinstance(each, LocalRollout) for each in self.settings.rollouts)
@@ -229,7 +299,7 @@ class WeightSynchronizer:
         """All phases of a push; the seconds are those of rank 0."""
         began = time.perf_counter()
         self._agreed(self._source.check, phase="start")
-        self._on_leader(lambda: self._leading.begin(), phase="start")
+        self._on_leader(lambda: self._leading.begin(version), phase="start")
         sending = time.perf_counter()
         failure = self._send()
         stats = self._on_leader(lambda: self._finish_sending(failure), phase="transfer")
@@ -237,7 +307,7 @@ class WeightSynchronizer:
         self._on_leader(lambda: self._leading.check(), phase="check")
 
         def commit() -> SyncReport:
-            replicas = self._leading.commit(version)
+            replicas = self._leading.commit()
             ended = time.perf_counter()
             sent = msgspec.convert(stats, SendStats)
             return SyncReport(
@@ -258,15 +328,28 @@ class WeightSynchronizer:
         assert self._fleet is not None, "only rank 0 leads, and only when connected"
         return self._fleet
 
+    @property
+    def _leading_adapter(self) -> AdapterFleet:
+        assert isinstance(self._fleet, AdapterFleet)
+        return self._fleet
+
     def _send(self) -> Exception | None:
         """Every rank drains the source; rank 0 sends it. Returns what went wrong, on whichever rank it was."""
-        stream = _on_this_device(self._source.stream())
+
+        def send(stream: Stream) -> None:
+            engine = self._leading.engine
+            assert engine is not None
+            _run(lambda: engine.send_weights(stream))
+
+        return self._drain(self._source, send)
+
+    def _drain(self, source: WeightSource, use: Callable[[Stream], None]) -> Exception | None:
+        """Every rank drains a source; rank 0 by `use`. Returns what went wrong, on whichever rank it was."""
+        stream = _on_this_device(source.stream())
         failure: Exception | None = None
         try:
             if self._group.is_leader:
-                engine = self._leading.engine
-                assert engine is not None
-                _run(lambda: engine.send_weights(stream))
+                use(stream)
             else:
                 for _ in stream:
                     pass
@@ -338,6 +421,18 @@ class WeightSynchronizer:
         if isinstance(cause, TwinkleError):
             raise cause
         raise from_wire(outcome.error_type, outcome.error, RolloutError) from cause
+
+
+class _BaseSynchronizer(WeightSynchronizer):
+    """Sends the base, once, to rollouts that serve adapters on it."""
+
+    def _prepared_fleet(self) -> Fleet:
+        return self._fleet or BaseFleet(self.settings)
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _text(failure: Exception | None) -> str:

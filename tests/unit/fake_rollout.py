@@ -17,10 +17,20 @@ from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.engines import get_engine
 from twinkle_callbacks.engines.base import CheckpointEngine
 from twinkle_callbacks.rollouts import Rollout
-from twinkle_callbacks.worker.messages import ABORT, CHECK, Checked, Committed, Joined, JoinRequest, Staged
+from twinkle_callbacks.worker.messages import (
+    ABORT,
+    CHECK,
+    LEAVE,
+    AdapterCall,
+    Checked,
+    Committed,
+    Joined,
+    JoinRequest,
+    Staged,
+)
 from twinkle_callbacks.worker.stage import Stage
 
-RUNS = Joined("model", "Fake", 4, 1, 8, "float32", False, None, False, "0")
+RUNS = Joined("model", "Fake", 4, 1, 8, "float32", None, None, False, "0")
 
 
 class FakeRollout(Rollout):
@@ -135,9 +145,20 @@ class FakeRollout(Rollout):
     def close(self) -> None:
         self.calls.append("close")
 
-    def leave(self) -> None:
-        self._enter("leave")
-        self._end()
+    def call(self, call: dict[str, Any]) -> None:
+        asked = AdapterCall.opened(call, auth.load_token())
+        self._enter(asked.action)
+        if asked.action == LEAVE:
+            self._end()
+
+    def load_adapter(self, name: str, path: str) -> None:
+        raise NotImplementedError("adapters need vLLM: tests/vllm")
+
+    def unload_adapter(self, name: str) -> None:
+        raise NotImplementedError("adapters need vLLM: tests/vllm")
+
+    def adapters(self) -> dict[str, str]:
+        return {}
 
     def _end(self) -> None:
         for engine in self._engines:

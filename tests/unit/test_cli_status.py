@@ -39,7 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         header = self.headers[auth.SIGNATURE_HEADER] or ""
-        self.server.seen.append(auth.check_request(TOKEN, header, "GET", self.path, b""))
+        self.server.seen.append(auth.check_request(TOKEN, header, "GET", self.path, b"").nonce)
         status, answer = self.server.answers[self.path.partition("?")[0]]
         body = json.dumps(answer).encode()
         self.send_response(status)

@@ -67,11 +67,11 @@ def test_an_unknown_setting_names_the_known_ones() -> None:
         ({"dtype": "int8"}, "dtype='int8': "),
         ({"rollouts": []}, "give at least one rollout"),
         ({"rollouts": ["http://a:1", "http://a:1/"]}, "the same URL stands twice"),
-        ({"merge_and_sync": False}, "merge_and_sync=False: .*leave merge_and_sync at its default"),
         ({"overlap": True}, "overlap=True: .*not available"),
         ({"verify": "canary"}, "verify='canary': .*not available"),
         ({"on_error": "drop_replica"}, "on_error='drop_replica': .*not available"),
-        ({"adapter_name": "math"}, "adapter_name is for adapter-only sync"),
+        ({"adapter_name": "math"}, "adapter_name='math' names an adapter that travels alone.*merge_and_sync=False"),
+        ({"merge_and_sync": False, "adapter_name": "my math"}, "adapter_name='my math'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -9,7 +9,13 @@ import struct
 from collections.abc import Iterable
 
 import msgspec
+import torch
 import xxhash
+
+from twinkle_callbacks.buckets.packing import as_bytes, dtype_name, memory
+
+Digests = dict[str, tuple[str, str]]
+"""Of each tensor, by its name: dtype as on the wire, and the XXH3-64 of its bytes in hexadecimal."""
 
 
 class StreamDigest:
@@ -64,6 +70,14 @@ class StreamDigest:
 def unpack(packed: bytes) -> list[int]:
     """The tensor digests that `StreamDigest.pack` made, in stream order."""
     return list(struct.unpack(f"<{len(packed) // 8}Q", packed))
+
+
+def digests_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> Digests:
+    """Dtype and digest of each tensor, wherever it lives."""
+    return {
+        name: (dtype_name(tensor.dtype), xxhash.xxh3_64_hexdigest(memory(as_bytes(tensor.cpu()))))
+        for name, tensor in tensors
+    }
 
 
 def first_few(names: Iterable[str], limit: int = 5) -> str:

@@ -22,6 +22,7 @@ from twinkle_callbacks.errors import ConfigError, MissingExtraError
 logger = logging.getLogger(__name__)
 
 GUARD = "twinkle_callbacks.worker.guard.RouteGuard"
+ADAPTER_ROUTES = "twinkle_callbacks.worker.adapter_routes.AdapterRoutes"
 TRANSFER_FLAG = "--weight-transfer-config"
 
 _SERVER_MODULES = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
@@ -61,7 +62,8 @@ def plan_launch(model: str, host: str, port: int, vllm_args: Sequence[str], envi
     transfer = [TRANSFER_FLAG, json.dumps({"backend": BACKEND})]
     address = ["--host", host, "--port", str(port)]
     # The middleware named last is the outermost.
-    command = [sys.executable, *_entry(model), *vllm_args, *address, *transfer, "--middleware", GUARD]
+    middlewares = ["--middleware", ADAPTER_ROUTES, "--middleware", GUARD]
+    command = [sys.executable, *_entry(model), *vllm_args, *address, *transfer, *middlewares]
     env = dict(environ) | {"VLLM_SERVER_DEV_MODE": "1"}
     plugins = [name for name in env.get("VLLM_PLUGINS", "").split(",") if name]
     if "VLLM_PLUGINS" in env and BACKEND not in plugins:

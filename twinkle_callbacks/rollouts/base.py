@@ -10,8 +10,9 @@ class Rollout(ABC):
     """One vLLM engine with all its workers, reached over HTTP or in process.
 
     Trainer rank 0 calls every method, each from one thread at a time; different rollouts from different threads. A push
-    is `start`, `update` (the workers receive meanwhile), `update` (they check), `pause`, `finish`, `set_version`,
-    `reset_cache`, `resume`. Methods raise `RolloutError` when vLLM refuses; over HTTP each ends within the rollout's
+    of whole weights is `start`, `update` (the workers receive meanwhile), `update` (they check), `pause`, `finish`,
+    `set_version`, `reset_cache`, `resume`; one of an adapter is `call` (the workers receive) and `load_adapter`.
+    Methods raise `RolloutError` when vLLM refuses; over HTTP each ends within the rollout's
     timeout, while calls of an engine in this process take as long as vLLM takes.
 
     Attributes:
@@ -65,8 +66,26 @@ class Rollout(ABC):
         """The weight version it reports; `default` before the first push."""
 
     @abstractmethod
-    def leave(self) -> None:
-        """Lets each worker leave the engine's group and free its buffers. Never raises."""
+    def call(self, call: dict[str, Any]) -> None:
+        """Hands each worker a signed `AdapterCall`; they do it in the background."""
+
+    @abstractmethod
+    def load_adapter(self, name: str, path: str) -> None:
+        """Lets requests that come from now on and name this adapter be answered with the version at `path`.
+
+        Args:
+            name: of the adapter.
+            path: of a version that every worker holds, as `AdapterPath` writes it, or a folder of adapter files where
+                the rollout runs.
+        """
+
+    @abstractmethod
+    def unload_adapter(self, name: str) -> None:
+        """Takes an adapter away that no request uses."""
+
+    @abstractmethod
+    def adapters(self) -> dict[str, str]:
+        """Path of the version that each adapter is at, by the adapters' names."""
 
     @abstractmethod
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,11 +15,8 @@ from twinkle_callbacks.errors import (
     DeadlineError,
     RolloutError,
     RolloutUnreachableError,
-    TwinkleError,
 )
 from twinkle_callbacks.rollouts.base import Rollout
-
-logger = logging.getLogger(__name__)
 
 
 class HTTPRollout(Rollout):
@@ -48,16 +44,24 @@ class HTTPRollout(Rollout):
     def join(self, request: dict[str, Any]) -> None:
         # Without the backend every worker of a tensor-parallel server would raise, which shifts their later replies.
         self.version()  # an older vLLM has no versions, and would refuse only in the middle of a push
-        backend = backend_of(self.config())
-        if backend != BACKEND:
-            raise self._lacks_backend(f"its backend is {backend!r}")
+        if not auth.tenant_of(self._token):  # whose token opens no configuration; its server has the guard, so all else
+            backend = backend_of(self.config())
+            if backend != BACKEND:
+                raise self._lacks_backend(f"its backend is {backend!r}")
         self._call("POST", "/init_weight_transfer_engine", {"init_info": {"request": request}})
 
-    def leave(self) -> None:
-        try:
-            self._call("POST", "/shutdown_weight_transfer_engine")
-        except TwinkleError as error:
-            logger.info("%s keeps its end of the engine until the next trainer comes: %s", self.name, error)
+    def call(self, call: dict[str, Any]) -> None:
+        self._call("POST", "/init_weight_transfer_engine", {"init_info": {"call": call}})
+
+    def load_adapter(self, name: str, path: str) -> None:
+        self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, "load_inplace": True})
+
+    def unload_adapter(self, name: str) -> None:
+        self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def adapters(self) -> dict[str, str]:
+        models = self._value("/v1/models", "data")
+        return {str(model["id"]): str(model["root"]) for model in models if model.get("parent")}
 
     def start(self) -> None:
         self._call("POST", "/start_weight_update")
@@ -94,8 +98,8 @@ class HTTPRollout(Rollout):
         return bool(self._value("/is_paused", "is_paused"))
 
     def models(self) -> list[str]:
-        """Names under which it serves models."""
-        return [str(model["id"]) for model in self._value("/v1/models", "data")]
+        """Names under which it serves the base model."""
+        return [str(model["id"]) for model in self._value("/v1/models", "data") if not model.get("parent")]
 
     def close(self) -> None:
         client, self._client = self._client, None
@@ -136,9 +140,9 @@ class HTTPRollout(Rollout):
 
     def _refusal(self, target: str, response: httpx.Response) -> Exception:
         path, text = target.split("?")[0], _reason(response)
-        if response.status_code == httpx.codes.UNAUTHORIZED:
+        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             return AuthenticationError(f"{self.name}{path}: {text}")
-        if response.status_code == httpx.codes.NOT_FOUND:
+        if response.status_code == httpx.codes.NOT_FOUND and "twinkle_callbacks:" not in text:
             return RolloutError(
                 f"{self.name} has no route {path}: its RL routes are off, or its vLLM is too old (0.32 has all); "
                 f"start it with VLLM_SERVER_DEV_MODE=1, or with: twinkle-callbacks serve MODEL"

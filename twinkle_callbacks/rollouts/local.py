@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from twinkle_callbacks.adapter_path import AdapterPath
+from twinkle_callbacks.adapter_versions import new_version
 from twinkle_callbacks.config import BACKEND
 from twinkle_callbacks.errors import ConfigError, RolloutError, TwinkleError
 from twinkle_callbacks.rollouts.base import Rollout
 
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
 logger = logging.getLogger(__name__)
+
+FIRST_LORA_ID = 1 << 20  # above those that people number their own adapters with
 
 
 class LocalRollout(Rollout):
@@ -35,6 +42,8 @@ class LocalRollout(Rollout):
         self.host = "127.0.0.1"
         self.llm = llm
         self._version = "default"
+        self._adapters: dict[str, LoRARequest] = {}
+        self._last_lora_id = FIRST_LORA_ID - 1
 
     def world_size(self) -> int:
         return int(self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp)
@@ -71,11 +80,48 @@ class LocalRollout(Rollout):
     def version(self) -> str:
         return str(self._call("get_weight_version")) if hasattr(self.llm, "get_weight_version") else self._version
 
-    def leave(self) -> None:
+    def call(self, call: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", {"init_info": {"call": call}})
+
+    def load_adapter(self, name: str, path: str) -> None:
+        parsed = AdapterPath.parse(path) or AdapterPath.attached(path)
+        self._last_lora_id += 1
+        version = new_version(name, self._last_lora_id, str(parsed), self._forget)
         try:
-            self._call("shutdown_weight_transfer_engine")
-        except RolloutError as error:
-            logger.info("the local vLLM keeps its end of the engine until the next trainer comes: %s", error)
+            self.llm.llm_engine.add_lora(version)
+        except Exception as error:  # an in-process worker raises whatever it likes; a remote one RuntimeError
+            raise RolloutError(f"the local vLLM cannot serve adapter {name!r}: {error}") from error
+        self._adapters[name] = version
+
+    def _forget(self, lora_id: int) -> None:
+        try:
+            self.llm.llm_engine.remove_lora(lora_id)
+        except Exception as error:  # such as an engine that is being shut down
+            logger.info("version %d of an adapter was not forgotten: %s", lora_id, error)
+
+    def unload_adapter(self, name: str) -> None:
+        if name not in self._adapters:
+            raise RolloutError(
+                f"there is no adapter {name!r}; those that exist are {', '.join(self._adapters) or 'none'}"
+            )
+        del self._adapters[name]
+
+    def adapters(self) -> dict[str, str]:
+        return {name: version.lora_path for name, version in self._adapters.items()}
+
+    def lora_request(self, name: str) -> LoRARequest:
+        """The version of an adapter that is served now, for `llm.generate(prompts, lora_request=...)`.
+
+        Ask for it anew after each push: an object that is kept goes on standing for the version that it stood for.
+
+        Raises:
+            RolloutError: nothing was pushed under this name.
+        """
+        if name not in self._adapters:
+            raise RolloutError(
+                f"there is no adapter {name!r}; those that exist are {', '.join(self._adapters) or 'none'}"
+            )
+        return self._adapters[name]
 
     def close(self) -> None:
         """Does nothing: the engine belongs to the caller."""

@@ -74,6 +74,16 @@ class AdapterSource(WeightSource):
         self._opened = [unit.outputs for unit in units]
         self._specs = _specs(units)
 
+    @classmethod
+    def served_as(
+        cls, name: str | None, model: nn.Module, *, module: str = "", dtype: torch.dtype | None = None
+    ) -> AdapterSource:
+        """The source of what rollouts serve as `name`: the adapter that PEFT knows by it, else the active one."""
+        policy = select(model, module)
+        holder: Any = peft_model(model, policy) or policy
+        known = name in (getattr(holder, "peft_config", None) or {})
+        return cls(model, adapter_name=name if known else None, module=module, dtype=dtype)
+
     @property
     def config(self) -> dict[str, Any]:
         """The adapter's configuration, as plain data: what PEFT writes into `adapter_config.json`."""

@@ -9,29 +9,34 @@ adds included, needs a signature over method, path, query and body in the header
 (`auth.sign_request`). A signature is good once, and for `auth.MAX_CLOCK_SKEW_S` seconds to either side of the server's
 clock. What was used is remembered in this process only: with several API server processes (`--api-server-count`), a
 listener on an unencrypted network could replay a request once to each of the others.
+
+A tenant's signature opens only the routes for its adapters, which check whose adapter it is: `AdapterRoutes`, and the
+workers for what `init_weight_transfer_engine` brings them.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
 from twinkle_callbacks import auth
 from twinkle_callbacks.errors import AuthenticationError
+from twinkle_callbacks.worker.asgi import (
+    MAX_BODY_BYTES,
+    ASGIApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer,
+    header,
+    read_body,
+    route_path,
+)
 
 logger = logging.getLogger(__name__)
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-MAX_BODY_BYTES = 64 << 20
 MAX_NONCES = 100_000
 NONCE_LIFETIME_S = 2 * auth.MAX_CLOCK_SKEW_S  # the clock that signed may be ahead of this one
 
@@ -53,6 +58,8 @@ OPEN_PATHS = frozenset(
         *("/inference/v1/generate", "/invocations", "/tokenize", "/detokenize"),
     }
 )
+TENANT_SCOPE = "twinkle_callbacks.tenant"  # where the guard leaves the tenant's name, empty for the server's token
+TENANT_PATHS = frozenset({"/init_weight_transfer_engine", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 OPEN_PREFIXES = ("/v1/responses/", "/static/")  # by id of a response; style sheets of the offline documentation
 
 
@@ -69,10 +76,14 @@ class RouteGuard:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._token = auth.load_token()
+        if tenant := auth.tenant_of(self._token):
+            raise AuthenticationError(
+                f"a server needs a token of its own; {auth.TOKEN_ENV} is that of tenant {tenant!r}"
+            )
         self._used: OrderedDict[str, float] = OrderedDict()  # nonce -> when it may be forgotten, oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or is_open(_route_path(scope)):
+        if scope["type"] not in ("http", "websocket") or is_open(route_path(scope)):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "this route is guarded"})
@@ -80,21 +91,25 @@ class RouteGuard:
             await self._guarded(scope, receive, send)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        signatures = _header(scope, auth.SIGNATURE_HEADER)
+        signatures = header(scope, auth.SIGNATURE_HEADER)
         if len(signatures) != 1:
-            await _answer(send, 401, f"{scope['path']} needs one {auth.SIGNATURE_HEADER} header, made with the token")
+            await answer(send, 401, f"{scope['path']} needs one {auth.SIGNATURE_HEADER} header, made with the token")
             return
-        body = await _read_body(scope, receive)
+        body = await read_body(scope, receive)
         if body is None:
-            await _answer(send, 413, f"the body is larger than {MAX_BODY_BYTES} bytes or was cut off")
+            await answer(send, 413, f"the body is larger than {MAX_BODY_BYTES} bytes or was cut off")
             return
         try:
-            used = auth.check_request(self._token, signatures[0], scope["method"], _target(scope), body)
-            self._use(used)
+            signed = auth.check_request(self._token, signatures[0], scope["method"], _target(scope), body)
+            self._use(signed.nonce)
         except AuthenticationError as error:
             logger.warning("refused %s %r: %s", scope["method"], scope["path"], error)
-            await _answer(send, 401, str(error))
+            await answer(send, 401, str(error))
             return
+        if signed.tenant and route_path(scope) not in TENANT_PATHS:
+            await answer(send, 403, f"tenant {signed.tenant!r} may sync, attach and detach its adapters, nothing else")
+            return
+        scope[TENANT_SCOPE] = signed.tenant
         await self._app(scope, _replay(body, receive), send)
 
     def _use(self, nonce: str) -> None:
@@ -113,36 +128,10 @@ def is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
 
-def _route_path(scope: Scope) -> str:
-    """The path that routing decides by: without the `--root-path` that a proxy may have left in front."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(root) :] if root and path.startswith(root + "/") else path
-
-
 def _target(scope: Scope) -> str:
     path: bytes = scope.get("raw_path") or scope["path"].encode()
     query: bytes = scope.get("query_string", b"")
     return (path + b"?" + query if query else path).decode("latin-1")
-
-
-def _header(scope: Scope, name: str) -> list[str]:
-    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name.encode()]
-
-
-async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
-    declared = _header(scope, "content-length")
-    if declared and not (declared[0].isdecimal() and int(declared[0]) <= MAX_BODY_BYTES):
-        return None
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            return None
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -153,10 +142,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return pending.pop() if pending else await receive()
 
     return replayed
-
-
-async def _answer(send: Send, status: int, message: str) -> None:
-    body = json.dumps({"error": f"twinkle_callbacks: {message}"}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -4,17 +4,25 @@
 |---|---|---|---|
 | `JoinRequest` | trainer | `init_weight_transfer_engine` | once, at the handshake |
 | `Joined` | each worker | receipt `joined` | once it is in the engine's group |
-| `{"action": ..., "push": n}` | trainer | `update_weights` | `receive` starts a push, `check`, or `abort` ends one |
 | `Staged` | each worker | receipt `staged-n` | the whole stream is there and its digests agree, or the failure |
+
+Whole weights go through vLLM's update session, which stops the engine for the commit and drops all adapters:
+
+| `{"action": ..., "push": n}` | trainer | `update_weights` | `receive` starts a push, `check`, or `abort` ends one |
 | `Checked` | each worker | receipt `checked-n` | its model takes exactly these names and shapes, or the failure |
 | `Committed` | each worker | receipt `committed-n` | the model has the weights, or the failure |
+
+An adapter alone needs no session; each trainer's has its own link to the workers:
+
+| `AdapterCall` | trainer | `init_weight_transfer_engine` | `receive` starts a push, `compare` the base, `leave` |
+| `Compared` | each worker | receipt `compared-n` | which of the base's tensors differ from the trainer's |
 
 Settings that both sides share travel once, in `JoinRequest`. Receipts are authenticated by the engine.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -25,9 +33,82 @@ from twinkle_callbacks.errors import AuthenticationError, ConfigError
 RECEIVE = "receive"
 CHECK = "check"
 ABORT = "abort"
+COMPARE = "compare"
+LEAVE = "leave"
 
 
-class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _SignedMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A message that only a holder of the token can make.
+
+    Attributes:
+        tenant: name of the tenant that signed it, empty for a holder of the server's token.
+        nonce: hexadecimal, fresh.
+        mac: hexadecimal HMAC over all other fields with the sender's token.
+    """
+
+    tenant: str = ""
+    nonce: str = ""
+    mac: str = ""
+
+    def signed(self, token: str) -> dict[str, Any]:
+        """The message as plain values, with a fresh nonce and the MAC."""
+        tenant, fresh = auth.tenant_of(token), auth.nonce().hex()
+        unsigned = msgspec.structs.replace(self, tenant=tenant, nonce=fresh, mac="")
+        return dict(msgspec.to_builtins(msgspec.structs.replace(unsigned, mac=unsigned._mac(token).hex())))
+
+    def _mac(self, token: str) -> bytes:
+        unsigned = msgspec.structs.replace(self, mac="")
+        return auth.mac(token, type(self).__name__, msgspec.json.encode(unsigned, order="sorted"))
+
+    @classmethod
+    def opened(cls, values: dict[str, Any], token: str) -> Self:
+        """Parses and checks a message on the worker, whose token is the server's.
+
+        Raises:
+            ConfigError: not a message of this version of the package.
+            AuthenticationError: made with another token than this worker's, or not the tenant's to send.
+        """
+        try:
+            message = msgspec.convert(values, cls)
+            given = bytes.fromhex(message.mac)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise ConfigError(
+                f"not a {cls.__name__} of this version of twinkle_callbacks ({error}); "
+                f"install the same version beside the trainer and beside vLLM"
+            ) from None
+        if not auth.verify(message._mac(auth.key_of(token, message.tenant)), given):
+            raise AuthenticationError(
+                f"the trainer has another token than this vLLM worker; give both the same {auth.TOKEN_ENV} or file"
+            )
+        if message.tenant and not (message.touches and auth.may_touch(message.tenant, message.touches)):
+            what = f"adapter {message.touches!r}" if message.touches else "whole weights"
+            raise AuthenticationError(
+                f"tenant {message.tenant!r} may not sync {what}; its adapters are {message.tenant!r} and those "
+                f"under {message.tenant + '/'!r}"
+            )
+        return message
+
+    @property
+    def touches(self) -> str:
+        """The adapter that this is about, empty for whole weights."""
+        raise NotImplementedError
+
+
+class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An adapter as its trainer describes it before any of it is sent.
+
+    Attributes:
+        name: the model name that requests give to be answered with it.
+        config: what PEFT writes into `adapter_config.json`.
+        shapes: full shape of each tensor, by its name in `adapter_model.safetensors`.
+    """
+
+    name: str
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+
+class JoinRequest(_SignedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Invitation of a rollout to the engine's group.
 
     Attributes:
@@ -38,8 +119,8 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bucket_size: bytes of a wire bucket.
         timeout_s: seconds that one operation may take.
         verify: whether the worker compares the digest of every tensor.
-        nonce: hexadecimal, fresh.
-        mac: hexadecimal HMAC over all of the above with the shared token.
+        client: of the synchronizer that invites, random; tells one that comes again from another one.
+        adapter: the adapter that will be sent; None for whole weights.
     """
 
     engine: str
@@ -49,45 +130,55 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bucket_size: int
     timeout_s: float
     verify: bool
-    nonce: str = ""
-    mac: str = ""
+    client: str = ""
+    adapter: Adapter | None = None
 
-    def signed(self, token: str) -> dict[str, Any]:
-        """The request as plain values, with a fresh nonce and the MAC."""
-        unsigned = msgspec.structs.replace(self, nonce=auth.nonce().hex(), mac="")
-        return dict(msgspec.to_builtins(msgspec.structs.replace(unsigned, mac=unsigned._mac(token).hex())))
+    @property
+    def touches(self) -> str:
+        return self.adapter.name if self.adapter is not None else ""
 
-    def _mac(self, token: str) -> bytes:
-        return auth.mac(token, "join", msgspec.json.encode(msgspec.structs.replace(self, mac=""), order="sorted"))
 
-    @classmethod
-    def opened(cls, values: dict[str, Any], token: str) -> JoinRequest:
-        """Parses and checks a request on the worker.
+class AdapterCall(_SignedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the trainer of an adapter asks of each worker, once they are in one group.
 
-        Raises:
-            ConfigError: not a request of this version of the package.
-            AuthenticationError: made with another token than this worker's.
-        """
-        try:
-            request = msgspec.convert(values, cls)
-            given = bytes.fromhex(request.mac)
-        except (msgspec.ValidationError, ValueError) as error:
-            raise ConfigError(
-                f"not a join request of this version of twinkle_callbacks ({error}); "
-                f"install the same version beside the trainer and beside vLLM"
-            ) from None
-        if not auth.verify(request._mac(token), given):
-            raise AuthenticationError(
-                f"the trainer has another token than this vLLM worker; give both the same {auth.TOKEN_ENV} or file"
-            )
-        return request
+    Attributes:
+        action: `receive`, `compare` or `leave`.
+        adapter: its name.
+        number: of the push or the comparison; its receipt is `staged-<number>` or `compared-<number>`.
+        path: of the version to receive, as `AdapterPath` writes it.
+        base: to compare: dtype and XXH3-64 digest (hexadecimal) of each tensor of the base, by its name.
+    """
+
+    action: str
+    adapter: str
+    number: int = 0
+    path: str = ""
+    base: dict[str, tuple[str, str]] = {}
+
+    @property
+    def touches(self) -> str:
+        return self.adapter
+
+
+class LoRARuns(msgspec.Struct, frozen=True):
+    """How a worker runs LoRA, and why it cannot serve the adapter that the trainer wants to send, if it cannot.
+
+    `base_commits` counts the commits of whole weights since the worker began: another number, another base.
+    """
+
+    max_loras: int
+    max_lora_rank: int
+    dtype: str
+    adapters: list[str]
+    base_commits: int = 0
+    refusal: Failure | None = None
 
 
 class Joined(msgspec.Struct, frozen=True):
     """What a worker runs, or why it cannot join.
 
     `in_update` tells that an earlier trainer left an update open, `intact` whether the model's weights are whole, that
-    is that no commit broke off since the last one that did not.
+    is that no commit broke off since the last one that did not. `lora` is None where LoRA is off.
     """
 
     model: str
@@ -96,7 +187,7 @@ class Joined(msgspec.Struct, frozen=True):
     layers: int
     vocab_size: int
     dtype: str
-    enable_lora: bool
+    lora: LoRARuns | None
     quantization: str | None
     in_update: bool
     vllm: str
@@ -104,11 +195,23 @@ class Joined(msgspec.Struct, frozen=True):
 
 
 class Staged(msgspec.Struct, frozen=True):
-    """A worker holds the whole stream, and its digests agree; or why not."""
+    """A worker holds the whole stream, and its digests agree; or why not.
+
+    `base_commits` is that of `LoRARuns`, at that time.
+    """
 
     tensors: int = 0
     digest: str = ""
     failure: Failure | None = None
+    base_commits: int = 0
+
+
+class Compared(msgspec.Struct, frozen=True):
+    """Names of the base's tensors that a worker has with other values or not at all; or why it cannot tell."""
+
+    differing: list[str] = []
+    failure: Failure | None = None
+    base_commits: int = 0
 
 
 class Checked(msgspec.Struct, frozen=True):

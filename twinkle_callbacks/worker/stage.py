@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from twinkle_callbacks.buckets.digest import StreamDigest, first_few
+from twinkle_callbacks.buckets.digest import Digests, StreamDigest, first_few
 from twinkle_callbacks.buckets.packing import as_bytes, copyable, memory
 from twinkle_callbacks.errors import DigestMismatchError
 
@@ -18,6 +18,7 @@ class Stage:
 
     def __init__(self, *, verify: bool) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.digests: Digests = {}  # of the tensors, where the server compares its base with that of adapters
         self._digest = StreamDigest() if verify else None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:

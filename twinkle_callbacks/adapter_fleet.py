@@ -1,0 +1,174 @@
+"""A push of an adapter alone, as trainer rank 0 takes the rollouts through it.
+
+Nothing is paused and no session is opened: the workers receive and build the version beside what they serve, and then
+requests that come from now on get it. Those under way end on the version they began with.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import msgspec
+
+from twinkle_callbacks import auth
+from twinkle_callbacks.adapter_path import AdapterPath
+from twinkle_callbacks.buckets.digest import Digests, first_few
+from twinkle_callbacks.config import SyncSettings
+from twinkle_callbacks.errors import RolloutError, from_wire
+from twinkle_callbacks.fleet import Fleet, Replica
+from twinkle_callbacks.report import ReplicaReport
+from twinkle_callbacks.worker.messages import COMPARE, RECEIVE, Adapter, AdapterCall, Compared, JoinRequest, LoRARuns
+
+logger = logging.getLogger(__name__)
+
+
+class BaseFleet(Fleet):
+    """Takes rollouts that serve adapters through a push of the base below them."""
+
+    def _check_lora(self, replica: Replica) -> None:
+        """Takes servers with and without LoRA."""
+
+
+class AdapterFleet(Fleet):
+    """Connects to the rollouts as the trainer of one adapter, and takes them through its pushes. Rank 0 only.
+
+    Args:
+        settings: the synchronizer's settings.
+        adapter: the adapter; may be set anew before `connect`.
+    """
+
+    def __init__(self, settings: SyncSettings, adapter: Adapter) -> None:
+        super().__init__(settings)
+        self.adapter = adapter
+        self._path = AdapterPath.sent(0)
+        self._comparisons = 0
+        self._base_commits: dict[str, list[int]] = {}  # of each rollout's workers, when it held the trainer's base
+
+    @property
+    def _adapter_name(self) -> str:
+        return self.adapter.name
+
+    def _request(self, replica: Replica, metadata: dict[str, object], world_size: int) -> JoinRequest:
+        return msgspec.structs.replace(super()._request(replica, metadata, world_size), adapter=self.adapter)
+
+    def _take_over(self, replica: Replica) -> None:
+        """An update of the base that is open is its own trainer's to end."""
+
+    def _check_lora(self, replica: Replica) -> None:
+        for rank, runs in zip(replica.ranks, replica.joined, strict=True):
+            if runs.lora is None:
+                raise RolloutError(
+                    f"{replica.name} runs with enable_lora=False, but merge_and_sync=False sends an adapter; start the "
+                    f"server with --enable-lora, or set merge_and_sync=True"
+                )
+            if runs.lora.refusal is not None:
+                cause = from_wire(runs.lora.refusal.type, runs.lora.refusal.message, RolloutError)
+                raise type(cause)(f"{replica.name} (rank {rank}) cannot serve adapter {self.adapter.name!r}: {cause}")
+        wanted, has = self.settings.dtype, _lora(replica).dtype
+        if wanted is not None and wanted != has:
+            raise RolloutError(
+                f"dtype={wanted!r}, but {replica.name} keeps adapters in {has}; start the server with "
+                f"--lora-dtype {wanted}, or leave dtype at None"
+            )
+
+    @property
+    def dtype(self) -> str:
+        return _lora(self.replicas[0]).dtype
+
+    @property
+    def base_dtype(self) -> str:
+        """The dtype that the servers run the base in, by its torch name."""
+        return self.replicas[0].joined[0].dtype
+
+    def knows_base(self) -> bool:
+        """Whether every rollout is known to hold the trainer's base, from before."""
+        return all(self._base_commits.get(replica.name) == _commits(replica) for replica in self.replicas)
+
+    def compare_base(self, base: Digests) -> dict[str, str]:
+        """Asks every worker whether it holds the trainer's base.
+
+        Returns:
+            What differs, by the name of the rollout; empty where all hold it.
+        """
+        self._comparisons += 1
+        self._each(lambda replica: self._call(replica, COMPARE, self._comparisons, base=base))
+        differing: dict[str, str] = {}
+        for replica in self.replicas:
+            answers = self.receipts_of(replica, f"compared-{self._comparisons}", Compared)
+            for answer in answers:
+                if answer.failure is not None:
+                    differing[replica.name] = f"it cannot be told ({answer.failure.message})"
+                elif answer.differing:
+                    few = first_few(answer.differing)
+                    differing[replica.name] = f"{len(answer.differing)} of {len(base)} tensors differ: {few}"
+            if replica.name not in differing:
+                self._base_commits[replica.name] = [answer.base_commits for answer in answers]
+        return differing
+
+    def refuse_another_base(self, differing: dict[str, str]) -> None:
+        """Whether the base may be sent to rollouts that hold another one.
+
+        Raises:
+            RolloutError: this trainer is a tenant, or they serve other adapters, which were made for theirs.
+        """
+        for replica in self.replicas:
+            if replica.name not in differing:
+                continue
+            text = f"{replica.name} serves another base than the trainer adapts: {differing[replica.name]}"
+            if auth.tenant_of(self._token):
+                raise RolloutError(f"{text}; a tenant may not replace it, so start from the server's base")
+            others = [name for name in _lora(replica).adapters if name != self.adapter.name]
+            if others:
+                raise RolloutError(
+                    f"{text}; it is not replaced, for it serves other adapters too ({', '.join(others)}); start from "
+                    f"the server's base, or detach them"
+                )
+            logger.info("%s; the base is sent once", text)
+
+    def _begin(self, replica: Replica) -> None:
+        self._call(replica, RECEIVE, self._push, path=str(self._path))
+
+    def begin(self, version: int) -> None:
+        self._path = AdapterPath.sent(version)
+        super().begin(version)
+
+    def _call(self, replica: Replica, action: str, number: int, *, path: str = "", base: Digests | None = None) -> None:
+        call = AdapterCall(action=action, adapter=self.adapter.name, number=number, path=path, base=base or {})
+        replica.rollout.call(call.signed(self._token))
+
+    def check(self) -> None:
+        """Whether the adapter is still for the base that the rollouts hold. They built it when they received it."""
+        for replica in self.replicas:
+            if [staged.base_commits for staged in replica.staged] != self._base_commits.get(replica.name):
+                raise RolloutError(
+                    f"the base of {replica.name} was replaced by another trainer since adapter {self.adapter.name!r} "
+                    f"was connected; it goes on serving the adapter's last version"
+                )
+
+    def commit(self) -> list[ReplicaReport]:
+        """Lets every rollout answer later requests with the new version.
+
+        Raises:
+            TwinkleError: some do not. Those that do serve the new version; the error names another.
+        """
+        reports: dict[int, ReplicaReport] = {}
+
+        def load(replica: Replica) -> None:
+            began = time.perf_counter()
+            replica.rollout.load_adapter(self.adapter.name, str(self._path))
+            staged, seconds = replica.staged[0], time.perf_counter() - began
+            reports[id(replica)] = ReplicaReport(replica.name, self._version, staged.digest, staged.tensors, seconds)
+
+        self._each(load)
+        return [reports[id(replica)] for replica in self.replicas]
+
+
+def _lora(replica: Replica) -> LoRARuns:
+    runs = replica.joined[0].lora
+    assert runs is not None, "checked when it joined"
+    return runs
+
+
+def _commits(replica: Replica) -> list[int]:
+    return [runs.lora.base_commits if runs.lora is not None else -1 for runs in replica.joined]
