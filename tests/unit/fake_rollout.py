@@ -58,6 +58,9 @@ class FakeRollout(Rollout):
         self._enter("world_size")
         return self._workers
 
+    def models(self) -> list[str]:
+        return ["model"]
+
     def join(self, request: dict[str, Any]) -> None:
         self._enter("join")
         self._end()

@@ -160,6 +160,10 @@ class CheckpointEngine(ABC):
     def post_receipt(self, topic: str, payload: bytes) -> None:
         """On a receiver: leaves a short authenticated message for the master, outside the data path."""
 
+    def is_master_there(self) -> bool:
+        """On a receiver: whether the master still answers; asks it. Engines that cannot tell say yes."""
+        return True
+
     @abstractmethod
     def collect_receipts(self, topic: str, ranks: Iterable[int]) -> dict[int, bytes]:
         """On the master: waits for the message of each of these ranks on this topic."""

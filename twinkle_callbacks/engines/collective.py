@@ -242,6 +242,9 @@ class CollectiveCheckpointEngine(CheckpointEngine):
     def post_receipt(self, topic: str, payload: bytes) -> None:
         self._session().post(topic, payload)
 
+    def is_master_there(self) -> bool:
+        return self._group.rendezvous is not None and self._group.rendezvous.is_master_there()
+
     def collect_receipts(self, topic: str, ranks: Iterable[int]) -> dict[int, bytes]:
         return self._session().collect(topic, ranks, f"send its {topic}")
 

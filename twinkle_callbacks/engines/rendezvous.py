@@ -201,6 +201,14 @@ class Rendezvous:
         """On a receiver: leaves an authenticated message for the master."""
         self._set(f"{topic}/{self._rank}", self._sign(f"{topic}/{self._rank}", self._key, payload))
 
+    def is_master_there(self) -> bool:
+        """On a receiver: whether the master's store still answers. It cannot tell from a message that it sends."""
+        try:
+            self._store.check([self._name("nonce")])
+        except (RuntimeError, EngineError):
+            return False
+        return True
+
     def collect(self, topic: str, ranks: Iterable[int], doing: str) -> dict[int, bytes]:
         """On the master: waits for the message of each rank, checks and removes it."""
         ranks = list(ranks)

@@ -30,6 +30,10 @@ class Rollout(ABC):
         """Number of its workers: tensor x pipeline x data parallel. Also the first call, so it checks reachability."""
 
     @abstractmethod
+    def models(self) -> list[str]:
+        """Names under which it serves the base model, which no adapter may have."""
+
+    @abstractmethod
     def join(self, request: dict[str, Any]) -> None:
         """Hands each worker an invitation to the engine's group; they join in the background."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,9 @@ from twinkle_callbacks.errors import (
     RolloutUnreachableError,
 )
 from twinkle_callbacks.rollouts.base import Rollout
+
+# What vLLM puts around the error of a worker, on its way through the engine to the API server.
+_WORKER_ERROR = re.compile(r"""Worker failed with error (?:'(.*)'|"(.*)"), please check the stack trace""", re.DOTALL)
 
 
 class HTTPRollout(Rollout):
@@ -181,4 +185,6 @@ def _reason(response: httpx.Response) -> str:
     except ValueError:
         return response.text[:500]
     error = answer.get("error") or answer.get("detail") or answer if isinstance(answer, dict) else answer
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:2000]
+    text = str(error.get("message", error) if isinstance(error, dict) else error)[:2000]
+    worker = _WORKER_ERROR.search(text)
+    return text if worker is None else worker[1] or worker[2]

@@ -48,6 +48,10 @@ class LocalRollout(Rollout):
     def world_size(self) -> int:
         return int(self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp)
 
+    def models(self) -> list[str]:
+        names = self.llm.llm_engine.vllm_config.model_config.served_model_name
+        return [str(names)] if isinstance(names, str) else [str(name) for name in names or ()]
+
     def join(self, request: dict[str, Any]) -> None:
         self._call("init_weight_transfer_engine", {"init_info": {"request": request}})
 
