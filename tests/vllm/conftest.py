@@ -21,6 +21,7 @@ SERVER_FLAGS = (
     *("--enforce-eager", "--kv-cache-memory-bytes", "64M", "--max-num-seqs", "64", "--max-model-len", "64"),
     *("--dtype", "float32", "--generation-config", "vllm", "--block-size", "32"),
 )
+LORA_FLAGS = ("--max-model-len", "128", "--enable-lora", "--max-loras", "3", "--max-lora-rank", "8")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     build("qwen3", seed=0).save_pretrained(folder)
     arithmetic.tokenizer().save_pretrained(folder)
     with serving(str(folder), vllm_args=SERVER_FLAGS, ready_timeout_s=300, log_path=folder / "server.log") as server:
+        yield Server(server.url, folder)
+
+
+@pytest.fixture(scope="session")
+def lora_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that serves adapters on the policy of seed 0."""
+    folder = tmp_path_factory.mktemp("base")
+    build("qwen3", seed=0).save_pretrained(folder)
+    arithmetic.tokenizer().save_pretrained(folder)
+    flags = (*SERVER_FLAGS, *LORA_FLAGS)
+    with serving(str(folder), vllm_args=flags, ready_timeout_s=300, log_path=folder / "server.log") as server:
         yield Server(server.url, folder)
 
 
