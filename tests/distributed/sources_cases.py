@@ -23,16 +23,28 @@ from tests.distributed.sources_checks import conforms, of_all_ranks, saved, save
 from tests.distributed.sources_sharding import shard
 from tests.distributed.sources_trained import Tensors, layers
 from tests.tiny_models import VOCAB, build
-from twinkle_callbacks.sources import open_source
+from twinkle_callbacks.sources import AdapterSource, WeightSource, open_source
 
 GROUP_TIMEOUT_S = 60.0
 
 
+def whole(model: Any, dtype: torch.dtype | None) -> WeightSource:
+    return open_source(model, dtype=dtype)
+
+
+def below_adapters(model: Any, dtype: torch.dtype | None) -> WeightSource:
+    return open_source(model, dtype=dtype, merge=False)
+
+
+def adapter_alone(model: Any, dtype: torch.dtype | None) -> WeightSource:
+    return AdapterSource(model, dtype=dtype)
+
+
 class Case(NamedTuple):
-    """A policy, whether its adapter alone is streamed, and what the stream of a filled one has to be."""
+    """A policy, what is streamed of it, and what the stream of a filled one has to be."""
 
     build: Callable[[], Any]
-    adapter_only: bool = False
+    source: Callable[[Any, torch.dtype | None], WeightSource] = whole
     want: Callable[[Any], Tensors] = saved
 
 
@@ -40,8 +52,17 @@ def merged(name: str) -> Case:
     return Case(lambda: peft_cases.CASES[name](torch.float32))
 
 
+def base(name: str, kind: str) -> Case:
+    """Wanted is a model of this kind that has never met PEFT or a shard: what `name` is built on does not train."""
+    return Case(
+        lambda: peft_cases.CASES[name](torch.float32),
+        below_adapters,
+        lambda _: saved(peft_cases.base(kind, torch.float32)),
+    )
+
+
 def adapter(name: str) -> Case:
-    return Case(lambda: peft_cases.CASES[name](torch.float32), True, saved_adapter)
+    return Case(lambda: peft_cases.CASES[name](torch.float32), adapter_alone, saved_adapter)
 
 
 def frozen() -> nn.Module:
@@ -64,6 +85,8 @@ CASES: dict[str, Case] = {
     "lora merged tied tokens": merged("trainable_tokens_tied"),
     "dora merged": merged("dora"),
     "moe lora merged": merged("moe_experts"),
+    "base only": base("modules_to_save", "qwen3"),
+    "base only moe": base("moe_experts", "qwen3_moe"),
     "adapter only": adapter("lora"),
     "adapter only moe": adapter("moe_experts"),
 }
@@ -83,19 +106,13 @@ UNFIT = {
 UNTRAINED = {
     ("tp", "dora merged"): "PEFT's DoRA adds plain tensors to DTensors in its forward pass",
     ("fsdp1", "moe lora merged"): _IN_PLACE,
+    ("fsdp1", "base only moe"): _IN_PLACE,
     ("fsdp1", "adapter only moe"): _IN_PLACE,
     ("fsdp1_flat", "moe lora merged"): _IN_PLACE,
+    ("fsdp1_flat", "base only moe"): _IN_PLACE,
     ("fsdp1_flat", "adapter only moe"): _IN_PLACE,
 }
 """What a framework holds but cannot train, so that it is streamed as it was built: (kind, case) -> why."""
-
-
-def source_of(case: Case) -> Callable[[Any, torch.dtype | None], Any]:
-    if not case.adapter_only:
-        return lambda model, dtype: open_source(model, dtype=dtype)
-    from twinkle_callbacks.sources.adapter import AdapterSource
-
-    return lambda model, dtype: AdapterSource(model, dtype=dtype)
 
 
 def run(kind: str, name: str) -> None:
@@ -106,7 +123,7 @@ def run(kind: str, name: str) -> None:
         generator = torch.Generator().manual_seed(0 if same_on_all_ranks else dist.get_rank())
         trained.step(torch.randint(0, VOCAB, (1, 8), generator=generator))
         assert trained.optimizer_state(), "no optimizer state to protect"
-    conforms(trained, case.build, source_of(case), case.want)
+    conforms(trained, case.build, case.source, case.want)
 
 
 def main() -> None:

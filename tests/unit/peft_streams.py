@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from twinkle_callbacks.sources.holdings import Holdings
+from twinkle_callbacks.sources.merging import stand_in
 from twinkle_callbacks.sources.names import unwrap
 from twinkle_callbacks.sources.survey import _walk
 from twinkle_callbacks.sources.units import Unit, Wanted
@@ -15,7 +16,7 @@ from twinkle_callbacks.sources.units import Unit, Wanted
 
 def units_of(model: nn.Module, dtype: torch.dtype | None = None, held: Holdings | None = None) -> list[Unit]:
     """The units of everything a policy computes with, in the order of the module tree, tied ends each for itself."""
-    return list(_walk(unwrap(model), "", held or Holdings(model), lambda _, own: dtype or own))
+    return list(_walk(unwrap(model), "", held or Holdings(model), lambda _, own: dtype or own, stand_in))
 
 
 def streamed(units: Iterable[Unit], gather: Callable[[Wanted], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

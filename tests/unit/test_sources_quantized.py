@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import tests.peft_cases as cases
 from tests.unit.peft_streams import streamed, units_of
 from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources import open_source
 from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.mergeable import check_mergeable
 from twinkle_callbacks.sources.quantized import is_quantized
@@ -124,6 +125,16 @@ def test_disabled_adapters_leave_the_base(bits: int) -> None:
     model = cases.wrap(base, peft.LoraConfig(**cases.LORA))
     model.base_model.disable_adapter_layers()
     made = streamed(units_of(model))
+    assert [key for key in made if not torch.equal(made[key], wanted[key].to(made[key].dtype))] == []
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_base_alone(bits: int) -> None:
+    base = quantize(cases.base("qwen3_1", BF16), bits)
+    wanted = unpacked(base).state_dict()
+    model = cases.wrap(base, peft.LoraConfig(**cases.LORA, use_dora=True, modules_to_save=["lm_head"]))
+    made = dict(open_source(model, merge=False).stream())
+    assert sorted(made) == sorted(wanted)
     assert [key for key in made if not torch.equal(made[key], wanted[key].to(made[key].dtype))] == []
 
 

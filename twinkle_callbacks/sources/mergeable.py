@@ -1,4 +1,4 @@
-"""Which adapters can be merged, said before training starts, and what to do about the others."""
+"""Which adapters can be merged or left out, said before training starts, and what to do about the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from twinkle_callbacks.errors import SourceError
-from twinkle_callbacks.sources.merging import active_adapters, base_of, chain, is_part, stand_in, tuner_layer
+from twinkle_callbacks.sources.merging import (
+    active_adapters,
+    base_of,
+    chain,
+    is_part,
+    own_module,
+    stand_in,
+    tuner_layer,
+)
 from twinkle_callbacks.sources.names import canonical, loaded
 from twinkle_callbacks.sources.quantized import plain_class
 
@@ -38,7 +46,8 @@ def check_mergeable(module: nn.Module) -> None:
     for child in module.modules():
         for name, config in _configs(child).items():
             _check_kind(name, config)
-    parts = [(path, child) for path, child in _leaves(module, "") if is_part(child)]
+    parts = _parts(module)
+    _check_unmerged(parts)
     _check_states(parts)
     for path, part in parts:
         for layer in chain(tuner_layer(part)):
@@ -46,6 +55,21 @@ def check_mergeable(module: nn.Module) -> None:
                 _check_merge(path, layer)
                 _check_adapters(path, layer)
     _check_ties(module)
+
+
+def check_separable(module: nn.Module) -> None:
+    """Raises `SourceError` where the weights of `module` cannot be told from what PEFT added to them.
+
+    Args:
+        module: as for `check_mergeable`.
+    """
+    # Listing the modules also makes PEFT put back the parameters that an attention of torch lost in a forward pass.
+    for child in module.modules():
+        if isinstance(child, loaded("peft.tuners.adaption_prompt.layer", "_BaseAdaptedAttention")):
+            raise SourceError(
+                f"adaption prompts replace whole attentions, so the base model's own names are lost; {_INSTEAD}"
+            )
+    _check_unmerged(_parts(module))
 
 
 def _configs(module: nn.Module) -> dict[str, Any]:
@@ -81,6 +105,11 @@ def _check_kind(name: str, config: Any) -> None:
         )
 
 
+def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and modules of PEFT's outermost parts."""
+    return [(path, child) for path, child in _leaves(module, "") if is_part(child)]
+
+
 def _leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules of a tree, those of PEFT without what is in them; a shared module once for each path."""
     yield path, module
@@ -90,20 +119,26 @@ def _leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
                 yield from _leaves(child, canonical(f"{path}.{name}" if path else name))
 
 
+def _check_unmerged(parts: list[tuple[str, nn.Module]]) -> None:
+    """Checks that no adapter is merged into the module itself."""
+    for path, part in parts:
+        for layer in chain(tuner_layer(part)):
+            if layer.merged_adapters:
+                raise SourceError(
+                    f"{path}: adapter {', '.join(layer.merged_adapters)} is merged into the module that trains, whose "
+                    f"weights are then no longer those of the base model and drift with each cycle; call "
+                    f"unmerge_adapter() before training starts: a sync needs no merge in the module itself"
+                )
+
+
 def _check_states(parts: list[tuple[str, nn.Module]]) -> None:
-    """Checks what one layer alone does not tell: adapters that are merged, unknown, or active on some layers only."""
+    """Checks what one layer alone does not tell: adapters that are unknown, or active on some layers only."""
     known: set[str] = set()
     wanted: dict[str, str] = {}
     disabled: dict[bool, str] = {}
     for path, part in parts:
         held: Any = part
         for layer in chain(tuner_layer(held)):
-            if layer.merged_adapters:
-                raise SourceError(
-                    f"{path}: adapter {', '.join(layer.merged_adapters)} is merged into the module that trains, whose "
-                    f"weights are then no longer those of the base model and drift with each cycle; call "
-                    f"unmerge_adapter() before training starts: adapters are merged on the way to the rollouts"
-                )
             known.update(layer._get_available_adapters())
             for name in layer.active_adapters:
                 wanted.setdefault(name, path)
@@ -171,7 +206,7 @@ def _check_ties(module: nn.Module) -> None:
     for path, child in _leaves(module, ""):
         if is_part(child):
             what, treatment = _treatment(child)
-            held = _parameters(_own_module(child), path)
+            held = _parameters(own_module(child), path)
         else:
             what, treatment = "nothing", None
             held = ((f"{path}.{name}", tensor) for name, tensor in child._parameters.items() if tensor is not None)
@@ -192,18 +227,10 @@ def _parameters(module: nn.Module, path: str) -> Iterator[tuple[str, torch.Tenso
         yield canonical(f"{path}.{name}"), parameter
 
 
-def _own_module(part: Any) -> nn.Module:
-    """The policy's own module at the place of a part."""
-    if isinstance(part, loaded("peft.utils.other", "ModulesToSaveWrapper")):
-        original: nn.Module = part.original_module
-        return original
-    return base_of(tuner_layer(part))
-
-
 def _treatment(part: Any) -> tuple[str, object]:
     """What a part does to its module, in words, and something that is equal where it is the same."""
     instead = stand_in(part)
-    own = _own_module(part)
+    own = own_module(part)
     if instead is not None:
         copied = [id(parameter) for parameter in instead.parameters()]
         return ("nothing", None) if copied == [id(p) for p in own.parameters()] else ("a trained copy", tuple(copied))

@@ -69,6 +69,18 @@ def stand_in(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def own_module(module: nn.Module) -> nn.Module:
+    """The policy's own module at the place of the PEFT module `module`, below everything that PEFT put on it.
+
+    It may be wrapped, or have parts inside.
+    """
+    part: Any = module
+    if isinstance(part, loaded("peft.utils.other", "ModulesToSaveWrapper")):
+        original: nn.Module = part.original_module
+        return original
+    return base_of(tuner_layer(part))
+
+
 def merged(path: str, module: nn.Module, held: Holdings, sent: Sent) -> Unit:
     """The unit of a PEFT module that `stand_in` has no answer for: the base layer's tensors with its adapters merged.
 

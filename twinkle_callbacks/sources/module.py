@@ -18,7 +18,7 @@ from twinkle_callbacks.sources.conversions import plan_conversions
 from twinkle_callbacks.sources.dtypes import sent_as
 from twinkle_callbacks.sources.gather import gathered
 from twinkle_callbacks.sources.holdings import Holdings
-from twinkle_callbacks.sources.mergeable import check_mergeable
+from twinkle_callbacks.sources.mergeable import check_mergeable, check_separable
 from twinkle_callbacks.sources.merging import peft_model
 from twinkle_callbacks.sources.names import select
 from twinkle_callbacks.sources.refusals import refuse_empty, refuse_quantized, refuse_wrong_root
@@ -39,6 +39,11 @@ class _Kind(NamedTuple):
 class ModuleSource(WeightSource):
     """Streams parameters and persistent buffers of a module, gathered bucket by bucket.
 
+    Active adapters of PEFT are merged on the way. Without merging, the stream is the base model alone, as its
+    `save_pretrained` would write it if PEFT had never been put on it: nothing of any adapter, active or not, neither
+    the trained copies of `modules_to_save` nor trained tokens. What PEFT changes in the base itself, such as biases
+    that train (`bias="all"`) or weights that an initialization takes apart (PiSSA), is sent as it is now.
+
     Tensors are cast before they are gathered, which halves the traffic of fp32 masters and gives the same values. Extra
     memory on rank 0 is two buckets of 32 MiB (or larger tensors), and the few tensors that one conversion of
     transformers needs together.
@@ -48,17 +53,21 @@ class ModuleSource(WeightSource):
         module: path of the policy inside it.
         dtype: dtype that floating point tensors are cast to, except 8-bit ones and those that the model keeps in fp32
             by its own declaration (such as the correction bias of a router); None casts nothing.
+        merge: whether adapters are merged; False streams the base model below them.
 
     Raises:
         SourceError: the module cannot be streamed; the message says why and what to do.
     """
 
-    def __init__(self, model: nn.Module, *, module: str = "", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, module: str = "", dtype: torch.dtype | None = None, merge: bool = True
+    ) -> None:
         self._root = model
         self._module = select(model, module)
         refuse_wrong_root(self._module)
         refuse_quantized(self._module)
         self._dtype = dtype
+        self._merge = merge
         self._keeps_fp32 = _fp32_names(self._module)
         self._checked: list[Unit] | None = None
         units = self._survey()
@@ -88,8 +97,9 @@ class ModuleSource(WeightSource):
 
     @torch.no_grad()
     def _survey(self) -> list[Unit]:
-        check_mergeable(peft_model(self._root, self._module) or self._module)
-        return survey(self._module, Holdings(self._root), self._sent)
+        check = check_mergeable if self._merge else check_separable
+        check(peft_model(self._root, self._module) or self._module)
+        return survey(self._module, Holdings(self._root), self._sent, merge=self._merge)
 
     def _sent(self, name: str, dtype: torch.dtype) -> torch.dtype:
         wanted = self._dtype

@@ -5,7 +5,7 @@ A survey is local and reads no values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from twinkle_callbacks.sources.names import canonical, checkpoint_alias, loaded,
 from twinkle_callbacks.sources.units import Output, Sent, Unit, Wanted
 
 
-def survey(module: nn.Module, holdings: Holdings, sent: Sent) -> list[Unit]:
+def survey(module: nn.Module, holdings: Holdings, sent: Sent, *, merge: bool = True) -> list[Unit]:
     """Returns the units whose outputs are the parameters and persistent buffers of a policy, tied ones once.
 
     The order is that of the module tree, so it is the same on every rank. Of tied names the one is kept that a
@@ -26,12 +26,13 @@ def survey(module: nn.Module, holdings: Holdings, sent: Sent) -> list[Unit]:
         module: the unwrapped policy.
         holdings: what each of its modules holds.
         sent: the dtype to send each tensor in.
+        merge: whether PEFT's adapters are merged; False leaves out everything that is theirs.
 
     Raises:
         SourceError: two tensors have the same canonical name, or a transformers model ties other weights than it
             declares as tied.
     """
-    units = list(_walk(module, "", holdings, sent))
+    units = list(_walk(module, "", holdings, sent, merging.stand_in if merge else merging.own_module))
     identities: dict[str, object] = {}
     aliases: dict[object, list[str]] = {}
     for output in (output for unit in units for output in unit.outputs):
@@ -49,9 +50,12 @@ def survey(module: nn.Module, holdings: Holdings, sent: Sent) -> list[Unit]:
     return list(_only(units, saved))
 
 
-def _walk(module: nn.Module, path: str, holdings: Holdings, sent: Sent) -> Iterator[Unit]:
+def _walk(
+    module: nn.Module, path: str, holdings: Holdings, sent: Sent, instead: Callable[[nn.Module], nn.Module | None]
+) -> Iterator[Unit]:
+    """The units below `path`. `instead` gives the module to walk in the place of one of PEFT's, None for a merge."""
     while merging.is_part(module):
-        inner = merging.stand_in(module)
+        inner = instead(module)
         if inner is None:
             yield merging.merged(canonical(path).rstrip("."), module, holdings, sent)
             return
@@ -66,7 +70,7 @@ def _walk(module: nn.Module, path: str, holdings: Holdings, sent: Sent) -> Itera
             yield Unit((Output(full, dtype, handle.shape, handle),), (Wanted(handle, dtype),))
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{path}{name}.", holdings, sent)
+            yield from _walk(child, f"{path}{name}.", holdings, sent, instead)
 
 
 def _only(units: list[Unit], names: set[str]) -> Iterator[Unit]:
