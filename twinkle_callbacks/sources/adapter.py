@@ -21,7 +21,7 @@ from twinkle_callbacks.sources.handles import Handle, whole
 from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.merging import Shadows, Slots, is_part, peft_model
 from twinkle_callbacks.sources.names import loaded, select
-from twinkle_callbacks.sources.units import Output, Unit, Wanted
+from twinkle_callbacks.sources.units import Output, Unit, Wanted, gathered_from
 
 _PREFIX = "base_model.model."
 
@@ -69,10 +69,12 @@ class AdapterSource(WeightSource):
         self._dtype = dtype
         self.adapter_name = _choose(self._holder, adapter_name)
         self._checked: list[Unit] | None = None
-        self._places = self._find()
-        units = self._units(Holdings(self._root))
+        holdings = Holdings(self._root)
+        self._places = self._find(holdings)
+        units = self._units(holdings)
         self._opened = [unit.outputs for unit in units]
         self._specs = _specs(units)
+        self._gathered_from: list[str] | None = gathered_from(units)  # for the first handshake; later ones look again
 
     @classmethod
     def served_as(
@@ -104,7 +106,10 @@ class AdapterSource(WeightSource):
         return list(self._specs)
 
     def agreement(self) -> list[str]:
-        return super().agreement() + [line for unit in self._units(Holdings(self._root)) for line in unit.agreement()]
+        lines, self._gathered_from = self._gathered_from, None
+        if lines is None:
+            lines = gathered_from(self._units(Holdings(self._root)))
+        return super().agreement() + lines
 
     def check(self) -> None:
         self._checked = self._unchanged()
@@ -116,11 +121,11 @@ class AdapterSource(WeightSource):
             for unit, tensors in arriving:
                 yield unit.outputs[0].name, tensors[0]
 
-    def _find(self) -> dict[str, _Place | Handle]:
+    def _find(self, holdings: Holdings) -> dict[str, _Place | Handle]:
         """Where each tensor is, by its name: PEFT picks and names those of a model that has the same parts, on meta."""
         from peft import get_peft_model_state_dict
 
-        slots = Slots(self._holder, Holdings(self._root))
+        slots = Slots(self._holder, holdings)
         metas = [torch.empty(handle.shape, dtype=handle.dtype, device="meta") for handle in slots.handles]
         shadows = Shadows(slots, metas)
         shadow = shadows.of(self._holder)

@@ -23,7 +23,7 @@ from twinkle_callbacks.sources.merging import peft_model
 from twinkle_callbacks.sources.names import select
 from twinkle_callbacks.sources.refusals import refuse_empty, refuse_quantized, refuse_wrong_root
 from twinkle_callbacks.sources.survey import survey
-from twinkle_callbacks.sources.units import Unit
+from twinkle_callbacks.sources.units import Unit, gathered_from
 
 
 class _Kind(NamedTuple):
@@ -73,6 +73,7 @@ class ModuleSource(WeightSource):
         units = self._survey()
         refuse_empty(self._module, units)
         self._kinds = _kinds(units)
+        self._gathered_from = gathered_from(units)
         metas = {name: torch.empty(kind.shape, dtype=kind.sent, device="meta") for name, kind in self._kinds.items()}
         self._plan = plan_conversions(self._module, metas)
         self._specs = [
@@ -84,7 +85,7 @@ class ModuleSource(WeightSource):
         return list(self._specs)
 
     def agreement(self) -> list[str]:
-        return super().agreement() + [line for kind in self._kinds.values() for line in kind.agreement]
+        return super().agreement() + self._gathered_from
 
     def check(self) -> None:
         self._checked = self._unchanged()

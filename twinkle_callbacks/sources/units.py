@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +66,11 @@ class Unit(NamedTuple):
         build = self.build
         outputs = tuple(self.outputs[position] for position in kept)
         return Unit(outputs, self.needs, lambda tensors: _at(build(tensors), kept))
+
+
+def gathered_from(units: Iterable[Unit]) -> list[str]:
+    """What has to be equal on all ranks for them to gather these units together, in order."""
+    return [line for unit in units for line in unit.agreement()]
 
 
 def _at(tensors: Sequence[torch.Tensor], kept: Sequence[int]) -> list[torch.Tensor]:
