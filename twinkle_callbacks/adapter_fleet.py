@@ -50,6 +50,10 @@ class AdapterFleet(Fleet):
         return self.adapter.name
 
     def _request(self, replica: Replica, metadata: dict[str, object], world_size: int) -> JoinRequest:
+        if self.adapter.name in replica.rollout.models():
+            raise RolloutError(
+                f"{replica.name} serves its base model as {self.adapter.name!r}; choose another adapter_name"
+            )
         return msgspec.structs.replace(super()._request(replica, metadata, world_size), adapter=self.adapter)
 
     def _take_over(self, replica: Replica) -> None:
@@ -65,10 +69,6 @@ class AdapterFleet(Fleet):
             if runs.lora.refusal is not None:
                 cause = from_wire(runs.lora.refusal.type, runs.lora.refusal.message, RolloutError)
                 raise type(cause)(f"{replica.name} (rank {rank}) cannot serve adapter {self.adapter.name!r}: {cause}")
-        if self.adapter.name in replica.rollout.models():
-            raise RolloutError(
-                f"{replica.name} serves its base model as {self.adapter.name!r}; choose another adapter_name"
-            )
         wanted, has = self.settings.dtype, _lora(replica).dtype
         if wanted is not None and wanted != has:
             raise RolloutError(

@@ -21,7 +21,10 @@ PROMPTS = [[3, 4, 5], [9, 8, 7, 6], [*SHARED_PREFIX, 7], [*SHARED_PREFIX, 9, 11]
 def adapted(base_seed: int = 0, **config: Any) -> peft.PeftModel:
     """A tiny Qwen3 with an adapter of rank 8 that changes nothing yet."""
     settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS, **config}
-    model: peft.PeftModel = peft.get_peft_model(build("qwen3", seed=base_seed), peft.LoraConfig(**settings))
+    base = build("qwen3", seed=base_seed)
+    if "of_ours" in settings["target_modules"]:  # a layer that vLLM's model does not have
+        base.model.layers[0].of_ours = torch.nn.Linear(8, 8)
+    model: peft.PeftModel = peft.get_peft_model(base, peft.LoraConfig(**settings))
     return model
 
 

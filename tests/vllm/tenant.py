@@ -1,6 +1,7 @@
 """One of several trainers, each a process of its own, that keep adapters fresh on one server: pushes $SYNCS versions.
 
-Version n is the adapter of seed 1000 * RANK + n. Leaves the versions of its reports in $FOLDER, by its rank.
+Version n is the adapter of seed 1000 * RANK + n. Leaves the versions of its reports in $FOLDER, by its rank, and what
+it was answered after each push.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import os
 import warnings
 from pathlib import Path
 
-from tests.vllm.adapters import adapted, train
+from tests.vllm.adapters import PROMPTS, adapted, train
+from tests.vllm.engines import server_answers
 from twinkle_callbacks import WeightSynchronizer
 
 
@@ -31,11 +33,12 @@ def main() -> None:
         policy, rollouts=url, merge_and_sync=False, adapter_name=name_of(rank), bucket_size_mb=8, timeout_s=60
     ) as sync:
         assert sync.report is not None
-        versions = [sync.report.version]
+        versions, answered = [sync.report.version], [server_answers(url, PROMPTS, name_of(rank))]
         for version in range(1, syncs + 1):
             train(policy, seed_of(rank, version))
             versions.append(sync.push(version=version).replicas[0].version)
-    (Path(os.environ["FOLDER"]) / f"{rank}.json").write_text(json.dumps(versions))
+            answered.append(server_answers(url, PROMPTS, name_of(rank)))
+    (Path(os.environ["FOLDER"]) / f"{rank}.json").write_text(json.dumps([versions, answered]))
 
 
 if __name__ == "__main__":

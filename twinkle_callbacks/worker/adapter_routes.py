@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 from http import HTTPStatus
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 FORGET_AFTER_S = 0.5  # vLLM tells its engine of requests that ended early a moment after it drops them
 FORGET_TIMEOUT_S = 30.0
+# vLLM leaves the output of a request in a reference cycle, and with it the version, until Python collects it. So many
+# versions may wait for that; an adapter's tensors are small, and a collection takes a moment in which nobody is served.
+MAX_WAITING = 4
 
 
 class _RefusedError(Exception):
@@ -103,6 +107,8 @@ class AdapterRoutes:
             except Exception as error:  # vLLM's engine passes on whatever its loader raised
                 raise _RefusedError(HTTPStatus.BAD_REQUEST, f"adapter {request.name!r}: {error}") from error
             known[request.name] = version
+            if len(self._forgotten) > len(known) + MAX_WAITING:
+                asyncio.get_running_loop().call_soon(gc.collect)
         return f"adapter {request.name!r} is {path}"
 
     def _new_version(self, models: Any, client: Any, request: _Request, path: AdapterPath) -> Any:
@@ -148,6 +154,7 @@ class AdapterRoutes:
             if forgotten is None:  # loaded when the server started
                 self._start_forgetting(client, lora_id)
             else:
+                gc.collect()
                 with contextlib.suppress(asyncio.TimeoutError):  # a request came in between; it ends first
                     await asyncio.wait_for(forgotten.wait(), FORGET_TIMEOUT_S)
         return f"adapter {request.name!r} is detached"
