@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import peft
@@ -24,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tests import peft_cases
-from tests.distributed.sources_checks import of_all_ranks
+from tests.distributed.sources_checks import run_all
 from tests.distributed.sources_fsdp1 import fsdp1
 from tests.distributed.sources_sharding import fsdp2, zero3
 from tests.tiny_models import VOCAB, build
@@ -273,25 +271,18 @@ SCENARIOS: list[Scenario] = [
 ]
 
 
-def main() -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
-    chosen = os.environ.get("SCENARIOS", "").split(",")
-    failed = False
-    for scenario in SCENARIOS:
-        if chosen != [""] and scenario.__name__ not in chosen:
-            continue
-        rollout, outcome = FakeRollout(), "ok"
-        try:
-            scenario(rollout)
-        except BaseException as error:  # every scenario has its say; the test fails for any
-            traceback.print_exc()
-            outcome = f"{type(error).__name__}: {error}".splitlines()[0]
+def run(scenario: Scenario) -> None:
+    rollout = FakeRollout()
+    try:
+        scenario(rollout)
+    finally:
         rollout.leave()
-        outcome = of_all_ranks(scenario.__name__, outcome)
-        print(f"result {scenario.__name__} | {outcome}", flush=True)
-        failed |= outcome != "ok"
-    dist.destroy_process_group()
-    sys.exit(failed)
+
+
+def main() -> None:
+    chosen = os.environ.get("SCENARIOS", "").split(",")
+    wanted = [scenario for scenario in SCENARIOS if chosen == [""] or scenario.__name__ in chosen]
+    run_all({scenario.__name__: partial(run, scenario) for scenario in wanted}, GROUP_TIMEOUT_S)
 
 
 if __name__ == "__main__":

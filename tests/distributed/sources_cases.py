@@ -7,10 +7,8 @@ ended by the deadline of the test.
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests import peft_cases
-from tests.distributed.sources_checks import conforms, of_all_ranks, saved, saved_adapter
+from tests.distributed.sources_checks import conforms, run_all, saved, saved_adapter
 from tests.distributed.sources_sharding import shard
 from tests.distributed.sources_trained import Tensors, layers
 from tests.tiny_models import VOCAB, build
@@ -127,21 +125,9 @@ def run(kind: str, name: str) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
-    failed = False
-    for kind, name in product(os.environ["KINDS"].split(","), os.environ["CASES"].split(",")):
-        if (kind, name) not in UNFIT:
-            try:
-                run(kind, name)
-                outcome = "ok"
-            except Exception as error:  # every case has its say; the test fails for any
-                traceback.print_exc()
-                outcome = f"{type(error).__name__}: {error}".splitlines()[0]
-            outcome = of_all_ranks(f"{kind}/{name}", outcome)
-            print(f"result {kind} | {name} | {outcome}", flush=True)
-            failed |= outcome != "ok"
-    dist.destroy_process_group()
-    sys.exit(failed)
+    chosen = product(os.environ["KINDS"].split(","), os.environ["CASES"].split(","))
+    fit = [(kind, name) for kind, name in chosen if (kind, name) not in UNFIT]
+    run_all({f"{kind} | {name}": partial(run, kind, name) for kind, name in fit}, GROUP_TIMEOUT_S)
 
 
 if __name__ == "__main__":

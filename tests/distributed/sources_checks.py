@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -164,7 +167,32 @@ def conforms(
 # What the ranks have to say
 
 
-def of_all_ranks(case: str, outcome: str) -> str:
+def run_all(cases: Mapping[str, Callable[[], None]], timeout_s: float) -> NoReturn:
+    """Runs every case on this rank, whatever fails, and ends the process.
+
+    Prints `result CASE | ok` for each, or the first error of any rank. All ranks go on together.
+
+    Args:
+        cases: what to run, in order, by its name.
+        timeout_s: deadline of a collective.
+    """
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    failed = False
+    for case, run in cases.items():
+        outcome = "ok"
+        try:
+            run()
+        except BaseException as error:  # every case has its say; the test fails for any
+            traceback.print_exc()
+            outcome = f"{type(error).__name__}: {error}".splitlines()[0]
+        outcome = _of_all_ranks(case, outcome)
+        print(f"result {case} | {outcome}", flush=True)
+        failed |= outcome != "ok"
+    dist.destroy_process_group()
+    sys.exit(failed)
+
+
+def _of_all_ranks(case: str, outcome: str) -> str:
     """The first outcome that is not ok. Through the store: a collective would meet those that a rank left behind."""
     store = dist.distributed_c10d._get_default_store()
     store.set(f"{case}/{dist.get_rank()}", outcome)
