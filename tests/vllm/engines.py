@@ -39,11 +39,12 @@ def make_llm(folder: Path, *, synced: bool, **settings: Any) -> Any:
     return llm
 
 
-def answers(llm: Any, prompts: list[list[int]] = PROMPTS) -> Answers:
+def answers(llm: Any, prompts: list[list[int]] = PROMPTS, lora_request: Any = None) -> Answers:
+    """Greedy answers, in one batch; `lora_request` is vLLM's, for all prompts or one for each."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=0, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False, lora_request=lora_request)
     return [
         (list(o.token_ids), [logprobs[t].logprob for t, logprobs in zip(o.token_ids, o.logprobs, strict=True)])
         for o in (output.outputs[0] for output in outputs)

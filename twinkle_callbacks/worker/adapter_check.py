@@ -37,7 +37,7 @@ def check_adapter(manager: Any, name: str, config: Mapping[str, Any], shapes: Ma
 
 
 def peft_helper(config: Mapping[str, Any]) -> Any:
-    """vLLM's reading of an adapter's configuration.
+    """Reads an adapter's configuration as vLLM does.
 
     Raises:
         ValueError: a required entry is missing or has no sense.
@@ -82,10 +82,10 @@ def _rank_choices() -> tuple[int, ...]:
 
 
 class _Target(NamedTuple):
-    """Where a module of the adapter goes: vLLM's layer, and which of the modules packed in it, None if it is alone."""
+    """Where a module of the adapter goes: vLLM's layer, and which of the modules packed in it, None if not packed."""
 
     layer: Any
-    index: int | None = None
+    position: int | None = None
     parts: int = 1
 
 
@@ -114,9 +114,7 @@ def _tensor_problems(manager: Any, config: Mapping[str, Any], shapes: Mapping[st
         yield _unserved(manager, unserved)
 
 
-def _by_module(
-    manager: Any, shapes: Mapping[str, Shape]
-) -> tuple[dict[str, tuple[str | None, str | None]], list[str]]:
+def _by_module(manager: Any, shapes: Mapping[str, Shape]) -> tuple[dict[str, tuple[str | None, str | None]], list[str]]:
     """The names of each module's lora_A and lora_B by vLLM's name of the module, and the tensors that are neither."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.utils import is_base_embedding_weights, parse_fine_tuned_lora_name
@@ -226,9 +224,9 @@ def _output_size(target: _Target, base: Any) -> int | None:
             keys * base.head_size,
             keys * getattr(base, "v_head_size", base.head_size),
         ]
-    if target.index is None:
+    if target.position is None:
         return sum(sizes) if sizes else getattr(base, "output_size", None)
-    return sizes[target.index] if sizes and len(sizes) == target.parts else None
+    return sizes[target.position] if sizes and len(sizes) == target.parts else None
 
 
 def _unserved(manager: Any, modules: list[str]) -> str:

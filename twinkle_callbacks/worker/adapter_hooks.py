@@ -35,9 +35,8 @@ def install() -> None:
     """Replaces the methods. Idempotent."""
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager as Manager
 
-    if hasattr(Manager, _ATTRIBUTE):
+    if getattr(Manager.add_adapter, _ATTRIBUTE, False):
         return
-    setattr(Manager, _ATTRIBUTE, True)
     stock_add, stock_apply, stock_remove = Manager.add_adapter, Manager._apply_adapters, Manager.remove_adapter
 
     def add_adapter(self: Any, lora_request: LoRARequest) -> bool:
@@ -56,4 +55,5 @@ def install() -> None:
         known = store is not None and store.remove(adapter_id)
         return bool(stock_remove(self, adapter_id)) or known
 
+    setattr(add_adapter, _ATTRIBUTE, True)
     Manager.add_adapter, Manager._apply_adapters, Manager.remove_adapter = add_adapter, _apply_adapters, remove_adapter

@@ -43,7 +43,7 @@ class _Version:
     Attributes:
         name: the adapter's name.
         path: `LoRARequest.lora_path`, which names the version.
-        model: vLLM's `LoRAModel` of it, packed for this model's layers. Those that vLLM has in use are this very object.
+        model: vLLM's `LoRAModel` of it, packed for the layers of the model; the one that vLLM holds while it is in use.
         stands_in: whether it changes nothing and stands for a version that could not be loaded.
     """
 
@@ -111,9 +111,7 @@ class AdapterStore:
         """
         check_adapter(self.manager, name, config, shapes)
 
-    def put(
-        self, name: str, path: AdapterPath, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-    ) -> None:
+    def put(self, name: str, path: AdapterPath, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Keeps a version until it is loaded by `add_lora`; one of the same name that was not loaded yet is dropped.
 
         Runs on any thread while the model generates. The tensors are copied.
@@ -217,7 +215,7 @@ class AdapterStore:
             model = self._taken(request.lora_path, request.lora_name, path).clone(request.lora_int_id)
         else:
             folder = request.lora_path if path is None else path.folder
-            model = loader._load_adapter(msgspec.structs.replace(request, lora_path=folder))
+            model = _off_its_files(loader._load_adapter(msgspec.structs.replace(request, lora_path=folder)))
         return _Version(request.lora_name, request.lora_path, model)
 
     def _load_late(self, loader: Any, request: LoRARequest) -> _Version:
@@ -253,23 +251,41 @@ class AdapterStore:
     def _place(self, lora_id: int, model: Any, batch: Iterable[int]) -> None:
         """Registers the adapter with vLLM unless it is, and activates it, in place of others than those of the batch.
 
-        vLLM's own eviction may pick one of the batch, and fails where the others are pinned.
+        Stock eviction may pick one of the batch, and fails where all others are pinned.
         """
         manager, keep = self.manager, set(batch)
         if manager.get_adapter(lora_id) is None:
-            registered = list(manager.list_adapters())  # the least used first
-            if len(registered) >= manager.capacity:
-                manager.remove_adapter(next(other for other in registered if other not in keep))
+            if len(manager) >= manager.capacity:
+                manager.remove_adapter(_least_used(manager._registered_adapters, keep))
             if model.loras:
                 manager.add_adapter(model)
             else:  # vLLM's way of adding takes the first of its layers
                 manager._registered_adapters[lora_id] = model
         if lora_id not in manager.lora_index_to_id:
-            active = list(manager._active_adapters.order)
-            if len(active) >= manager.lora_slots:
-                manager.deactivate_adapter(next(other for other in active if other not in keep))
+            if len(manager._active_adapters) >= manager.lora_slots:
+                manager.deactivate_adapter(_least_used(manager._active_adapters, keep))
             manager._last_mapping = None  # before 0.32 an unchanged batch keeps the slots it was mapped to
         manager.activate_adapter(lora_id)
+
+
+def _least_used(cache: Any, keep: set[int]) -> int:
+    """The adapter that went unused for longest, a pinned one only if all are."""
+    return int(min((lora_id for lora_id in cache.order if lora_id not in keep), key=cache.pinned_items.__contains__))
+
+
+def _off_its_files(model: Any) -> Any:
+    """Gives a model that was just read memory of its own.
+
+    Tensors of a safetensors file are that file, mapped into memory: written over in place, it changes the adapter.
+    """
+    holders = [(lora, ("lora_a", "lora_b")) for lora in model.loras.values()]
+    holders += [(whole, ("weight", "bias")) for whole in getattr(model, "modules_to_save", {}).values()]
+    for holder, names in holders:
+        for name in names:
+            tensor = getattr(holder, name)
+            if tensor is not None and not tensor.is_pinned():  # pinning has copied it
+                setattr(holder, name, tensor.clone())
+    return model
 
 
 def _build(manager: Any, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:

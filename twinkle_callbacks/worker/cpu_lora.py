@@ -29,12 +29,14 @@ def correct_cpu_lora(manager: Any) -> None:
     for wrapper in manager.punica_wrapper_mapping.values():
         if type(wrapper) is PunicaWrapperCPU:
             # The layers already hold this object, so it is given other methods rather than replaced.
-            wrapper.__class__ = _corrected(PunicaWrapperCPU)
+            wrapper.__class__ = _corrected()
 
 
 @functools.cache
-def _corrected(base: Any) -> type:
-    class CorrectedPunicaWrapperCPU(base):  # type: ignore[misc]  # a class of vLLM, which is Any here
+def _corrected() -> type:
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
         """The wrapper of one model's LoRA layers. Shapes: y [rows, out], with an index for each row."""
 
         def add_expand(self, y: torch.Tensor, *args: Any, **kwargs: Any) -> None:
