@@ -44,7 +44,9 @@ def answers(llm: Any, prompts: list[list[int]] = PROMPTS, lora_request: Any = No
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=0, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False, lora_request=lora_request)
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False, lora_request=lora_request
+    )
     return [
         (list(o.token_ids), [logprobs[t].logprob for t, logprobs in zip(o.token_ids, o.logprobs, strict=True)])
         for o in (output.outputs[0] for output in outputs)
