@@ -37,18 +37,20 @@ def install() -> None:
 
     if getattr(Manager.add_adapter, _ATTRIBUTE, False):
         return
-    stock_add, stock_apply, stock_remove = Manager.add_adapter, Manager._apply_adapters, Manager.remove_adapter
+    stock_add, stock_activate, stock_remove = Manager.add_adapter, Manager.set_active_adapters, Manager.remove_adapter
 
     def add_adapter(self: Any, lora_request: LoRARequest) -> bool:
         store = _store(self)
         return bool(stock_add(self, lora_request)) if store is None else store.add(self, lora_request)
 
-    def _apply_adapters(self: Any, lora_requests: set[LoRARequest]) -> None:
+    def set_active_adapters(self: Any, requests: set[LoRARequest], mapping: Any) -> None:
         store = _store(self)
         if store is None:
-            stock_apply(self, lora_requests)
-        else:
-            store.schedule(self, lora_requests)
+            stock_activate(self, requests, mapping)
+            return
+        store.schedule(self, requests, mapping)
+        if mapping is not None:
+            self._adapter_manager.set_adapter_mapping(mapping)
 
     def remove_adapter(self: Any, adapter_id: int) -> bool:
         store = _store(self)
@@ -56,4 +58,6 @@ def install() -> None:
         return bool(stock_remove(self, adapter_id)) or known
 
     setattr(add_adapter, _ATTRIBUTE, True)
-    Manager.add_adapter, Manager._apply_adapters, Manager.remove_adapter = add_adapter, _apply_adapters, remove_adapter
+    Manager.add_adapter = add_adapter
+    Manager.set_active_adapters = set_active_adapters
+    Manager.remove_adapter = remove_adapter

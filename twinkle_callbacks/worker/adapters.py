@@ -2,7 +2,7 @@
 
     put         (background thread) a version arrived from a trainer; build it the way vLLM's file loader does
     add_lora    vLLM's own call: give it a slot, errors go back to the caller
-    (schedule)  vLLM's own step: give every adapter of the batch a slot; never raises
+    schedule    vLLM's own step: give every adapter of the batch a slot; never raises
     remove_lora vLLM's own call: forget it
 
 vLLM keeps at most `max_cpu_loras` adapters, drops the least used ones, and drops all when base weights change. It
@@ -171,30 +171,38 @@ class AdapterStore:
         raise_on_last_rank(failure or RolloutError(f"adapter {request.lora_name!r} was not loaded on another rank"))
         return False
 
-    def schedule(self, loader: Any, requests: Iterable[LoRARequest | None]) -> None:
+    def schedule(self, loader: Any, requests: Iterable[LoRARequest | None], mapping: Any) -> None:
         """Gives every adapter of a batch a slot, for vLLM's step. Never raises.
 
         What is loaded is not loaded again, not even for a request that was made with `load_inplace`. A version that
         was never loaded is loaded now, from files as vLLM does; where that fails the error is logged, and an adapter
         that changes nothing stands in, so that such a request is answered by the base model. Requests through the
         server cannot come to that, since it loads an adapter before it accepts a request for it.
+
+        Args:
+            loader: vLLM's `LRUCacheWorkerLoRAManager`, which reads files.
+            requests: of the batch. vLLM takes requests of the same name for equal, so of two versions in one batch it
+                gives one only.
+            mapping: vLLM's `LoRAMapping`, with the id of every row; None if the batch is what `requests` says.
         """
-        batch = {request.lora_int_id: request for request in requests if request}
-        for lora_id, request in batch.items():
-            version = self._loaded.get(lora_id)
+        known = {request.lora_int_id: request for request in requests if request}
+        batch = set(known) if mapping is None else _ids(mapping)
+        for lora_id in batch:
             try:
-                model = None if version is None else version.model
-                if model is None and self.manager.get_adapter(lora_id) is None:
-                    model = self._load_late(loader, request).model
-                self._place(lora_id, model, batch)
+                version = self._loaded.get(lora_id)
+                if version is None and self.manager.get_adapter(lora_id) is None:
+                    version = self._load_late(loader, known[lora_id])
+                self._place(lora_id, None if version is None else version.model, batch)
             except Exception:
+                request = known.get(lora_id)
+                name, path = (request.lora_name, request.lora_path) if request else ("", "")
                 logger.exception(
                     "adapter %r (id %d, %s) cannot be loaded; its requests are answered by the base model",
-                    request.lora_name,
+                    name,
                     lora_id,
-                    request.lora_path,
+                    path,
                 )
-                self._stand_in(request, batch)
+                self._stand_in(lora_id, name, path, batch)
 
     def remove(self, lora_id: int) -> bool:
         """Forgets an adapter, for vLLM's `remove_lora`, and says whether there was one."""
@@ -239,33 +247,37 @@ class AdapterStore:
             f"here, or replaced by a newer one, or removed; sync again"
         )
 
-    def _stand_in(self, request: LoRARequest, batch: Mapping[int, Any]) -> None:
+    def _stand_in(self, lora_id: int, name: str, path: str, batch: set[int]) -> None:
         from vllm.lora.lora_model import LoRAModel
 
-        lora_id = request.lora_int_id
         self.manager.remove_adapter(lora_id)
         nothing = LoRAModel(lora_id, 1, {})
-        self._keep(lora_id, _Version(request.lora_name, request.lora_path, nothing, stands_in=True))
+        self._keep(lora_id, _Version(name, path, nothing, stands_in=True))
         self._place(lora_id, nothing, batch)
 
-    def _place(self, lora_id: int, model: Any, batch: Iterable[int]) -> None:
+    def _place(self, lora_id: int, model: Any, batch: set[int]) -> None:
         """Registers the adapter with vLLM unless it is, and activates it, in place of others than those of the batch.
 
         Stock eviction may pick one of the batch, and fails where all others are pinned.
         """
-        manager, keep = self.manager, set(batch)
+        manager = self.manager
         if manager.get_adapter(lora_id) is None:
             if len(manager) >= manager.capacity:
-                manager.remove_adapter(_least_used(manager._registered_adapters, keep))
+                manager.remove_adapter(_least_used(manager._registered_adapters, batch))
             if model.loras:
                 manager.add_adapter(model)
             else:  # vLLM's way of adding takes the first of its layers
                 manager._registered_adapters[lora_id] = model
         if lora_id not in manager.lora_index_to_id:
             if len(manager._active_adapters) >= manager.lora_slots:
-                manager.deactivate_adapter(_least_used(manager._active_adapters, keep))
+                manager.deactivate_adapter(_least_used(manager._active_adapters, batch))
             manager._last_mapping = None  # before 0.32 an unchanged batch keeps the slots it was mapped to
         manager.activate_adapter(lora_id)
+
+
+def _ids(mapping: Any) -> set[int]:
+    """The adapters that the rows of a batch name; 0 is the base model."""
+    return {int(lora_id) for lora_id in {*mapping.index_mapping, *mapping.prompt_mapping} if lora_id > 0}
 
 
 def _least_used(cache: Any, keep: set[int]) -> int:
