@@ -22,7 +22,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
@@ -34,6 +34,7 @@ from twinkle_callbacks.adapter_fleet import AdapterFleet, BaseFleet
 from twinkle_callbacks.buckets.digest import Digests, digests_of
 from twinkle_callbacks.buckets.packing import dtype_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
+from twinkle_callbacks.drain import Stream, drain
 from twinkle_callbacks.engines.base import SendStats
 from twinkle_callbacks.errors import (
     BrokenCommitError,
@@ -43,10 +44,7 @@ from twinkle_callbacks.errors import (
     EngineError,
     RolloutError,
     SourceError,
-    SyncError,
     TwinkleError,
-    from_wire,
-    text_of,
 )
 from twinkle_callbacks.fleet import Fleet
 from twinkle_callbacks.report import SyncReport
@@ -59,20 +57,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 S = TypeVar("S", bound=WeightSource)
-Stream = Generator[tuple[str, torch.Tensor], None, None]
-
-
-class _Outcome(msgspec.Struct):
-    """What rank 0 tells the others after each step it takes alone."""
-
-    value: Any = None
-    error_type: str = ""
-    error: str = ""
-    rollouts: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        return self.error if self.error_type == "SyncError" else f"{self.error_type}: {self.error}"
 
 
 class WeightSynchronizer:
@@ -194,9 +178,9 @@ class WeightSynchronizer:
             source = make()
             return source, source.agreement() if self._group.size > 1 else []
 
-        source, mine = self._agreed(opened)
+        source, mine = self._group.agreed(opened)
         leading = self._group.share(msgspec.msgpack.encode(mine) if self._group.is_leader else None)
-        self._agreed(lambda: _refuse_difference(mine, msgspec.msgpack.decode(leading, type=list[str])))
+        self._group.agreed(lambda: _refuse_difference(mine, msgspec.msgpack.decode(leading, type=list[str])))
         self._group.connect()
         return source
 
@@ -208,7 +192,7 @@ class WeightSynchronizer:
 
         self._refuse_engines_of_other_ranks()
         try:
-            dtype = self._on_leader(handshake)
+            dtype = self._group.on_leader(handshake)
             self._source = self._open_source(self.settings.dtype or dtype)  # after a failed push, on what is there now
             if not self.settings.merge_and_sync:
                 self._ensure_base()
@@ -232,7 +216,7 @@ class WeightSynchronizer:
 
     def _ensure_base(self) -> None:
         """Makes sure that the rollouts hold the base that the adapter was made for: compares, and sends if it must."""
-        dtype = self._on_leader(
+        dtype = self._group.on_leader(
             lambda: None if self._leading_adapter.knows_base() else self._leading_adapter.base_dtype
         )
         if dtype is None:
@@ -249,16 +233,16 @@ class WeightSynchronizer:
         def compare() -> dict[str, str]:
             return self._leading_adapter.compare_base(digests)
 
-        failure = self._drain(base, digest)
-        self._on_leader(lambda: _raise(failure))
-        differing = self._on_leader(compare)
+        failure = drain(self._group, base, digest)
+        self._group.on_leader(lambda: _raise(failure))
+        differing = self._group.on_leader(compare)
         if not differing:
             return
-        self._on_leader(lambda: self._leading_adapter.refuse_another_base(differing))
+        self._group.on_leader(lambda: self._leading_adapter.refuse_another_base(differing))
         settings = dict(self.settings) | {"merge_and_sync": True, "adapter_name": None, "on_error": "raise"}
         with _BaseSynchronizer(base, **cast("SyncOptions", settings)):
             logger.info("the base was sent")
-        differing = self._on_leader(compare)
+        differing = self._group.on_leader(compare)
         if differing:
             raise RolloutError(f"the base was sent, and still: {differing}")
 
@@ -280,7 +264,7 @@ class WeightSynchronizer:
             self.report = self._take_through(version)
         except TwinkleError as error:  # raised on every rank
             self._connected = False
-            stopped = self._on_leader(self._put_in_order)
+            stopped = self._group.on_leader(self._put_in_order)
             if stopped:
                 text = f"{error}; {', '.join(stopped)} may not serve before a push succeeds, and stay paused until then"
                 raise BrokenCommitError(text, getattr(error, "phase", ""), tuple(stopped)) from error
@@ -298,13 +282,13 @@ class WeightSynchronizer:
     def _take_through(self, version: int) -> SyncReport:
         """All phases of a push; the seconds are those of rank 0."""
         began = time.perf_counter()
-        self._agreed(self._source.check, phase="start")
-        self._on_leader(lambda: self._leading.begin(version), phase="start")
+        self._group.agreed(self._source.check, phase="start")
+        self._group.on_leader(lambda: self._leading.begin(version), phase="start")
         sending = time.perf_counter()
         failure = self._send()
-        stats = self._on_leader(lambda: self._finish_sending(failure), phase="transfer")
+        stats = self._group.on_leader(lambda: self._finish_sending(failure), phase="transfer")
         committing = time.perf_counter()
-        self._on_leader(lambda: self._leading.check(), phase="check")
+        self._group.on_leader(lambda: self._leading.check(), phase="check")
 
         def commit() -> SyncReport:
             replicas = self._leading.commit()
@@ -321,7 +305,7 @@ class WeightSynchronizer:
                 replicas=replicas,
             )
 
-        return msgspec.convert(self._on_leader(commit, phase="commit"), SyncReport)
+        return msgspec.convert(self._group.on_leader(commit, phase="commit"), SyncReport)
 
     @property
     def _leading(self) -> Fleet:
@@ -341,28 +325,7 @@ class WeightSynchronizer:
             assert engine is not None
             _run(lambda: engine.send_weights(stream))
 
-        return self._drain(self._source, send)
-
-    def _drain(self, source: WeightSource, use: Callable[[Stream], None]) -> Exception | None:
-        """Every rank drains a source; rank 0 by `use`. Returns what went wrong, on whichever rank it was."""
-        stream = _on_this_device(source.stream())
-        failure: Exception | None = None
-        try:
-            if self._group.is_leader:
-                use(stream)
-            else:
-                for _ in stream:
-                    pass
-        except Exception as error:  # whatever a source raises; reported once all ranks are past the gathers
-            failure = error
-            logger.error("trainer rank %d: %s: %s", self._group.rank, type(error).__name__, text_of(error))
-            _leave(stream)
-        first = self._group.first_failure(_text(failure))
-        if first is None:
-            return None
-        rank, text = first
-        if rank:
-            return SourceError(f"trainer rank {rank}: {text}")
+        failure = drain(self._group, self._source, send)
         if self._group.is_leader and isinstance(failure, (EngineError, DeadlineError)):
             return self._leading.located(failure)
         return failure
@@ -379,49 +342,6 @@ class WeightSynchronizer:
             raise DigestMismatchError(f"the rollouts staged a stream of digest {digest}, sent was {stats.digest}")
         return stats
 
-    def _agreed(self, call: Callable[[], T], phase: str = "") -> T:
-        """Runs a local step on every rank: all go on, or all raise, with the cause of the lowest rank that failed.
-
-        With a `phase`, errors become `SyncError`s of that phase.
-        """
-        result, failure = None, None
-        try:
-            result = call()
-        except Exception as error:  # whatever a trained module's own code raises
-            failure = error
-        first = self._group.first_failure(_text(failure))
-        if first is None:
-            return cast("T", result)
-        rank, text = first
-        text = f"trainer rank {rank}: {text}" if rank else text
-        if phase:
-            raise SyncError(f"push failed in the phase {phase!r}: {text}", phase) from failure
-        raise failure if isinstance(failure, TwinkleError) else SourceError(text) from failure
-
-    def _on_leader(self, call: Callable[[], Any], phase: str = "") -> Any:
-        """Runs a step on rank 0 alone and shares its result: every rank returns it, or raises its error.
-
-        With a `phase`, errors become `SyncError`s of that phase.
-        """
-        outcome, cause = _Outcome(), None
-        if self._group.is_leader:
-            try:
-                outcome.value = msgspec.to_builtins(call())
-            except Exception as error:  # shared with the other ranks, and raised on all of them
-                cause = error
-                rollouts = error.rollouts if isinstance(error, TwinkleError) else ()
-                outcome = _Outcome(None, type(error).__name__, text_of(error), rollouts)
-            outcome = msgspec.msgpack.decode(self._group.share(msgspec.msgpack.encode(outcome)), type=_Outcome)
-        else:
-            outcome = msgspec.msgpack.decode(self._group.share(None), type=_Outcome)
-        if not outcome.error_type:
-            return outcome.value
-        if phase:
-            raise SyncError(f"push failed in the phase {phase!r}: {outcome.text}", phase, outcome.rollouts) from cause
-        if isinstance(cause, TwinkleError):
-            raise cause
-        raise from_wire(outcome.error_type, outcome.error, RolloutError) from cause
-
 
 class _BaseSynchronizer(WeightSynchronizer):
     """Sends the base, once, to rollouts that serve adapters on it."""
@@ -435,10 +355,6 @@ def _raise(failure: Exception | None) -> None:
         raise failure
 
 
-def _text(failure: Exception | None) -> str:
-    return "" if failure is None else f"{type(failure).__name__}: {text_of(failure)}"
-
-
 def _refuse_difference(mine: list[str], leading: list[str]) -> None:
     for own, other in itertools.zip_longest(mine, leading, fillvalue="nothing"):
         if own != other:
@@ -446,28 +362,6 @@ def _refuse_difference(mine: list[str], leading: list[str]) -> None:
                 f"the ranks would stream different tensors: this one {own} where rank 0 has {other}; build and wrap "
                 f"the same model on every rank"
             )
-
-
-def _leave(stream: Generator[Any, None, None]) -> None:
-    """Ends a stream early. One that never began does not know that others gather for it, so it begins first."""
-    try:
-        next(stream, None)
-        stream.close()
-    except Exception as error:  # the push has failed already, with another cause
-        logger.error("leaving the gather: %s: %s", type(error).__name__, text_of(error))
-
-
-def _on_this_device(stream: Stream) -> Stream:
-    """The stream, drained on this thread's accelerator in whichever thread: a new thread starts on device 0."""
-    if not torch.accelerator.is_available():
-        return stream
-    index = torch.accelerator.current_device_index()
-
-    def pinned() -> Stream:
-        torch.accelerator.set_device_index(index)
-        yield from stream
-
-    return pinned()
 
 
 def _run(call: Callable[[], Coroutine[Any, Any, None]]) -> None:

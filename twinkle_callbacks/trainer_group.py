@@ -1,10 +1,30 @@
-"""The trainer's ranks as far as a synchronizer needs them: who leads, and one rank's message to all."""
+"""The trainer's ranks as far as a synchronizer needs them: who leads, and how all come to one outcome of each step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import msgspec
 import torch
 
+from twinkle_callbacks.errors import RolloutError, SourceError, SyncError, TwinkleError, from_wire, text_of
 from twinkle_callbacks.sources.gather import wire_device
+
+T = TypeVar("T")
+
+
+class _Outcome(msgspec.Struct):
+    """What rank 0 tells the others after each step it takes alone."""
+
+    value: Any = None
+    error_type: str = ""
+    error: str = ""
+    rollouts: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return self.error if self.error_type == "SyncError" else f"{self.error_type}: {self.error}"
 
 
 class TrainerGroup:
@@ -53,6 +73,49 @@ class TrainerGroup:
         if self._distributed and (device := wire_device()).type != "cpu":
             torch.distributed.all_reduce(torch.zeros(1, device=device))
 
+    def agreed(self, call: Callable[[], T], phase: str = "") -> T:
+        """Runs a local step on every rank: all go on, or all raise, with the cause of the lowest rank that failed.
+
+        With a `phase`, errors become `SyncError`s of that phase.
+        """
+        result, failure = None, None
+        try:
+            result = call()
+        except Exception as error:  # whatever a trained module's own code raises
+            failure = error
+        first = self.first_failure(text_of_failure(failure))
+        if first is None:
+            return cast("T", result)
+        rank, text = first
+        text = f"trainer rank {rank}: {text}" if rank else text
+        if phase:
+            raise SyncError(f"push failed in the phase {phase!r}: {text}", phase) from failure
+        raise failure if isinstance(failure, TwinkleError) else SourceError(text) from failure
+
+    def on_leader(self, call: Callable[[], Any], phase: str = "") -> Any:
+        """Runs a step on rank 0 alone and shares its result: every rank returns it, or raises its error.
+
+        With a `phase`, errors become `SyncError`s of that phase.
+        """
+        outcome, cause = _Outcome(), None
+        if self.is_leader:
+            try:
+                outcome.value = msgspec.to_builtins(call())
+            except Exception as error:  # shared with the other ranks, and raised on all of them
+                cause = error
+                rollouts = error.rollouts if isinstance(error, TwinkleError) else ()
+                outcome = _Outcome(None, type(error).__name__, text_of(error), rollouts)
+            outcome = msgspec.msgpack.decode(self.share(msgspec.msgpack.encode(outcome)), type=_Outcome)
+        else:
+            outcome = msgspec.msgpack.decode(self.share(None), type=_Outcome)
+        if not outcome.error_type:
+            return outcome.value
+        if phase:
+            raise SyncError(f"push failed in the phase {phase!r}: {outcome.text}", phase, outcome.rollouts) from cause
+        if isinstance(cause, TwinkleError):
+            raise cause
+        raise from_wire(outcome.error_type, outcome.error, RolloutError) from cause
+
 
 def broadcast(message: bytes | None, source: int, group: torch.distributed.ProcessGroup | None = None) -> bytes:
     """Collective: every rank of a process group (the default one for None) returns the message of global rank `source`.
@@ -75,3 +138,8 @@ def _collective_device() -> torch.device:
     if accelerator is None or "cpu:" in torch.distributed.get_backend_config():
         return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def text_of_failure(failure: Exception | None) -> str:
+    """How a failure is told to the other ranks; empty for none."""
+    return "" if failure is None else f"{type(failure).__name__}: {text_of(failure)}"

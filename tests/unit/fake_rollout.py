@@ -63,7 +63,7 @@ class FakeRollout(Rollout):
 
     def join(self, request: dict[str, Any]) -> None:
         self._enter("join")
-        self._end()
+        self.end()
         invited = JoinRequest.opened(request, auth.load_token())
         self._pool = ThreadPoolExecutor(self._workers)
         for worker in range(self._workers):
@@ -152,7 +152,7 @@ class FakeRollout(Rollout):
         asked = AdapterCall.opened(call, auth.load_token())
         self._enter(asked.action)
         if asked.action == LEAVE:
-            self._end()
+            self.end()
 
     def load_adapter(self, name: str, path: str) -> None:
         raise NotImplementedError("adapters need vLLM: tests/vllm")
@@ -163,7 +163,8 @@ class FakeRollout(Rollout):
     def adapters(self) -> dict[str, str]:
         return {}
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Leaves the engine's group."""
         for engine in self._engines:
             engine.finalize()
         self._engines = []

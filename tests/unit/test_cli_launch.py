@@ -96,6 +96,7 @@ def test_ours_follow_the_users_flags_so_that_ours_count() -> None:
     assert command.index("my.Middleware") < command.index("--host")
     assert command[-4:] == [
         *("--weight-transfer-config", '{"backend": "twinkle"}'),
+        *("--middleware", "twinkle_callbacks.worker.adapter_routes.AdapterRoutes"),
         *("--middleware", "twinkle_callbacks.worker.guard.RouteGuard"),
     ]
 

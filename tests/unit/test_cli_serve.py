@@ -80,6 +80,7 @@ def test_vllm_is_started_with_everything_that_trainers_need() -> None:
     assert started["argv"] == [
         *("--model", "some/model", "--enforce-eager", "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", port),
         *("--weight-transfer-config", '{"backend": "twinkle"}'),
+        *("--middleware", "twinkle_callbacks.worker.adapter_routes.AdapterRoutes"),
         *("--middleware", "twinkle_callbacks.worker.guard.RouteGuard"),
     ]
     assert started["env"]["VLLM_SERVER_DEV_MODE"] == "1"

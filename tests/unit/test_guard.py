@@ -13,7 +13,7 @@ import pytest
 
 from twinkle_callbacks import auth
 from twinkle_callbacks.errors import AuthenticationError
-from twinkle_callbacks.worker import guard
+from twinkle_callbacks.worker import asgi, guard
 from twinkle_callbacks.worker.guard import RouteGuard, is_open
 
 TOKEN = "a token of enough length"
@@ -216,7 +216,7 @@ def test_memory_for_signatures_is_bounded_and_freed_when_they_expire(
 def test_a_body_over_the_limit_is_refused(
     guarded: RouteGuard, app: App, body: bytes | list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "MAX_BODY_BYTES", 10)
+    monkeypatch.setattr(asgi, "MAX_BODY_BYTES", 10)
     response = call(guarded, "/pause", body=body, headers=signed("POST", "/pause", b"x" * 11))
 
     assert response.status_code == 413

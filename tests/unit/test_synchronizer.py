@@ -40,7 +40,7 @@ def rollouts() -> Iterator[list[FakeRollout]]:
     fleet = [FakeRollout("one", workers=2), FakeRollout("two")]
     yield fleet
     for rollout in fleet:
-        rollout.leave()
+        rollout.end()
 
 
 @pytest.fixture

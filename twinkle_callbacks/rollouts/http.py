@@ -21,7 +21,8 @@ from twinkle_callbacks.rollouts.base import Rollout
 
 # What vLLM puts around the error of a worker, on its way through the engine to the API server.
 _WORKER_ERROR = re.compile(
-    r"""(?:Call to \w+ method failed: )?(?:Worker failed with error (['"])(.*)\1, please check the stack trace.*|(.*))""",
+    r"""(?:Call to \w+ method failed: )?"""
+    r"""(?:Worker failed with error (['"])(.*)\1, please check the stack trace.*|(.*))""",
     re.DOTALL,
 )
 
