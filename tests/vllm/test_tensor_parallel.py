@@ -22,3 +22,9 @@ def test_tensor_parallel_engine_answers_like_a_fresh_load(tmp_path: Path) -> Non
         run_ranks("tests.vllm.tensor_parallel", 1, timeout_s=240, env=ENV | case)
         results.append(json.loads(output.read_text()))
     assert results[0] == results[1]
+
+
+def test_adapters_are_on_both_workers_or_on_none(tmp_path: Path) -> None:
+    build("qwen3", seed=0).save_pretrained(tmp_path)
+    case = {"FOLDER": str(tmp_path), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # functions go to the workers as pickles
+    run_ranks("tests.vllm.adapter_ranks", 1, timeout_s=240, env=ENV | case)

@@ -98,6 +98,7 @@ def _tensor_problems(manager: Any, config: Mapping[str, Any], shapes: Mapping[st
     helper = peft_helper(config)
     layers = _Layers(manager)
     unserved: list[str] = []
+    fused: list[str] = []
     for module, (tensor_a, tensor_b) in sides.items():
         if tensor_a is None or tensor_b is None:
             yield f"{tensor_a or tensor_b} has no counterpart, lora_A and lora_B go together"
@@ -107,9 +108,11 @@ def _tensor_problems(manager: Any, config: Mapping[str, Any], shapes: Mapping[st
             unserved.append(module)
         else:
             if _is_fused(module) and not _takes_fused(manager, target.layer):
-                yield f"{tensor_a} is of experts in one tensor; start the server with --enable-mixed-moe-lora-format"
+                fused.append(module)
             rank = helper.get_rank_and_scaling(_peft_name(tensor_a))[0] if hasattr(helper, "rank_pattern") else helper.r
             yield from _size_problems(target, rank, {tensor_a: shapes[tensor_a], tensor_b: shapes[tensor_b]})
+    if fused:
+        yield f"experts in one tensor ({first_few(fused)}); start the server with --enable-mixed-moe-lora-format"
     if unserved:
         yield _unserved(manager, unserved)
 

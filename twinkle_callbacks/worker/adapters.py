@@ -156,19 +156,27 @@ class AdapterStore:
         lora_id = request.lora_int_id
         before = self._loaded.get(lora_id)
         failure: Exception | None = None
+        version = before
         try:
             if before is None or before.stands_in or request.load_inplace:
-                self._keep(lora_id, self._load(loader, request))
-                self.manager.remove_adapter(lora_id)
-            self._place(lora_id, self._loaded[lora_id].model, {lora_id})
+                version = self._load(loader, request)
         except Exception as error:
-            logger.error("adapter %r (id %d) was not loaded: %s", request.lora_name, lora_id, error)
             failure = error
-        if all_ranks_can(failure is None):
-            return True
-        self.manager.remove_adapter(lora_id)
-        self._keep(lora_id, before)
-        raise_on_last_rank(failure or RolloutError(f"adapter {request.lora_name!r} was not loaded on another rank"))
+        # Before anything is evicted: vLLM wants the same adapters on all ranks.
+        if all_ranks_can(failure is None) and version is not None:
+            try:
+                if version is not before:
+                    self.manager.remove_adapter(lora_id)
+                self._place(lora_id, version.model, {lora_id})
+            except Exception as error:
+                failure = error
+            if all_ranks_can(failure is None):
+                self._keep(lora_id, version)
+                return True
+            self.manager.remove_adapter(lora_id)
+        failure = failure or RolloutError(f"adapter {request.lora_name!r} was not loaded, another rank's log says why")
+        logger.error("adapter %r (id %d) was not loaded: %s", request.lora_name, lora_id, failure)
+        raise_on_last_rank(failure)
         return False
 
     def schedule(self, loader: Any, requests: Iterable[LoRARequest | None], mapping: Any) -> None:

@@ -1,0 +1,57 @@
+"""An engine with two tensor-parallel workers that loads $FOLDER: adapters for both of them, and for one only."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_models import build
+from tests.vllm.engines import answers, assert_same, make_llm
+from tests.vllm.test_adapter_store import LINEAR, Adapter, peft_answers, policy, request
+from twinkle_callbacks.adapter_path import AdapterPath
+
+
+def main() -> None:
+    folder = Path(os.environ["FOLDER"])
+    llm = make_llm(folder, synced=True, tensor_parallel_size=2, enable_lora=True, max_loras=2, max_lora_rank=8)
+    engine, loaded = llm.llm_engine, []
+    for seed in (1, 2, 3):
+        trained = policy(seed, target_modules=[*LINEAR, "embed_tokens", "lm_head"])
+        adapter = Adapter(folder / f"adapter-{seed}", trained)
+        sent = request("policy", AdapterPath.sent(seed))
+        llm.apply_model(functools.partial(put, request=sent, adapter=adapter))
+        assert engine.add_lora(sent)
+        loaded.append((sent, peft_answers(trained)))
+        before = engine.list_loras()
+        for rank, why in ((0, "not in this worker's memory"), (1, "another rank")):
+            lone = request("lone", AdapterPath.sent(9))
+            llm.apply_model(functools.partial(put, request=lone, adapter=adapter, only_rank=rank))
+            with pytest.raises(Exception, match=why):
+                engine.add_lora(lone)
+        assert engine.list_loras() == before
+        for one, expected in loaded:
+            assert_same(answers(llm, lora_request=one), expected)
+    assert_same(answers(llm), peft_answers(build("qwen3", seed=0)))
+    assert engine.remove_lora(loaded[0][0].lora_int_id)
+
+
+def put(model: torch.nn.Module, request: Any, adapter: Adapter, only_rank: int | None = None) -> None:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from twinkle_callbacks.worker.adapters import AdapterStore
+
+    store, path = AdapterStore.of(model), AdapterPath.parse(request.lora_path)
+    assert store is not None
+    assert path is not None
+    store.check(request.lora_name, adapter.config, adapter.shapes)
+    if only_rank in (None, get_tp_group().rank_in_group):
+        store.put(request.lora_name, path, adapter.config, adapter.tensors)
+
+
+if __name__ == "__main__":
+    main()
