@@ -94,7 +94,7 @@ def test_ours_follow_the_users_flags_so_that_ours_count() -> None:
     command = plan("--middleware", "my.Middleware", "--max-num-seqs", "8").command
 
     assert command.index("my.Middleware") < command.index("--host")
-    assert command[-4:] == [
+    assert command[-6:] == [
         *("--weight-transfer-config", '{"backend": "twinkle"}'),
         *("--middleware", "twinkle_callbacks.worker.adapter_routes.AdapterRoutes"),
         *("--middleware", "twinkle_callbacks.worker.guard.RouteGuard"),

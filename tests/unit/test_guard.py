@@ -217,6 +217,7 @@ def test_a_body_over_the_limit_is_refused(
     guarded: RouteGuard, app: App, body: bytes | list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asgi, "MAX_BODY_BYTES", 10)
+    monkeypatch.setattr(guard, "MAX_BODY_BYTES", 10)
     response = call(guarded, "/pause", body=body, headers=signed("POST", "/pause", b"x" * 11))
 
     assert response.status_code == 413

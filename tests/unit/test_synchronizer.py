@@ -212,7 +212,7 @@ def test_a_worker_that_does_not_join_is_named_by_its_server(policy: torch.nn.Mod
     with pytest.raises(DeadlineError, match=r"rank 3 did not join.*ranks 1 to 2 are one; rank 3 is two"):
         synchronizer(policy, rollouts, timeout_s=1).open()
     for rollout in rollouts:
-        rollout.leave()
+        rollout.end()
 
 
 def test_a_server_whose_workers_leave_in_the_transfer_is_named(policy: torch.nn.Module) -> None:
@@ -308,7 +308,7 @@ def test_servers_that_do_not_fit_are_refused_in_the_handshake(
         synchronizer(policy, rollouts).open()
     assert "start" not in rollouts[0].calls
     for rollout in rollouts:
-        rollout.leave()
+        rollout.end()
 
 
 def test_push_before_open_and_after_close_says_what_to_do(policy: torch.nn.Module, rollouts: list[FakeRollout]) -> None:
