@@ -14,7 +14,7 @@ import pytest
 
 from tests.distributed.launch import run_ranks
 from tests.tiny_models import build
-from tests.vllm import tenant
+from tests.vllm import sharded_adapter, tenant
 from tests.vllm.adapters import PROMPTS, Reference, adapted, train
 from tests.vllm.conftest import Server
 from tests.vllm.engines import Answers, assert_same, release, server_answers
@@ -183,6 +183,18 @@ def _version_in(answered: Answers, expected: list[Answers]) -> int:
             continue
         return version
     raise AssertionError(f"{answered} is the answer of no version")
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_an_adapter_of_a_sharded_policy_is_gathered(
+    kind: str, lora_server: Server, reference: Reference, tmp_path: Path
+) -> None:
+    base = server_answers(lora_server.url, PROMPTS)
+    env = {"KIND": kind, "URL": lora_server.url, "FOLDER": str(tmp_path)}
+    run_ranks(Path(sharded_adapter.__file__), 2, timeout_s=180, env=env)
+    assert version_of(lora_server, "sharded") == 2
+    assert_same(server_answers(lora_server.url, PROMPTS, "sharded"), reference.adapter(tmp_path))
+    assert_same(server_answers(lora_server.url, PROMPTS), base)
 
 
 @pytest.mark.parametrize(
