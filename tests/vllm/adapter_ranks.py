@@ -13,7 +13,10 @@ import torch
 from tests.tiny_models import build
 from tests.vllm.engines import answers, assert_same, make_llm
 from tests.vllm.test_adapter_store import LINEAR, Adapter, peft_answers, policy, request
+from twinkle_callbacks import WeightSynchronizer
 from twinkle_callbacks.adapter_path import AdapterPath
+from twinkle_callbacks.errors import RolloutError
+from twinkle_callbacks.rollouts import LocalRollout
 
 
 def main() -> None:
@@ -38,6 +41,19 @@ def main() -> None:
             assert_same(answers(llm, lora_request=one), expected)
     assert_same(answers(llm), peft_answers(build("qwen3", seed=0)))
     assert engine.remove_lora(loaded[0][0].lora_int_id)
+    push(llm)
+
+
+def push(llm: Any) -> None:
+    """Over the wire: both workers receive, and a trainer that is refused does not shift their replies."""
+    rollout, trained = LocalRollout(llm), policy(4)
+    settings: Any = {"rollouts": rollout, "merge_and_sync": False, "adapter_name": "pushed", "timeout_s": 60}
+    with WeightSynchronizer(trained, **settings) as sync:
+        with pytest.raises(RolloutError, match="kept fresh by another trainer"):
+            WeightSynchronizer(trained, **settings).open()
+        assert sync.push(version=1).version == 1
+        assert_same(answers(llm, lora_request=rollout.lora_request("pushed")), peft_answers(trained))
+    assert_same(answers(llm), peft_answers(build("qwen3", seed=0)))
 
 
 def put(model: torch.nn.Module, request: Any, adapter: Adapter, only_rank: int | None = None) -> None:
