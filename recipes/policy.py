@@ -26,6 +26,8 @@ transformers.utils.logging.disable_progress_bar()  # for reading and writing two
 
 _IGNORED = -100
 _CHECK_EVERY_STEPS = 5
+_PROBLEMS_PER_STEP = 64
+_PROBLEMS_AGAINST_FORGETTING = 2
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,14 @@ def warm_up(
 ) -> WarmUp:
     """Trains on right answers until sampling would be right with probability `config.warmup_accuracy` in each task.
 
-    A task that is there already gets fewer problems than the others, enough not to be forgotten.
+    A task that is there already gets a few problems a step, enough not to be forgotten.
 
     Raises:
         ConfigError: that accuracy was not reached within `config.warmup_max_steps`.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup_lr, weight_decay=0.0)
     started, accuracy = time.perf_counter(), 0.0
-    shares = dict.fromkeys(tasks, 64)
+    shares = dict.fromkeys(tasks, _PROBLEMS_PER_STEP)
     for step in range(1, config.warmup_max_steps + 1):
         problems = [
             problem
@@ -88,7 +90,10 @@ def warm_up(
         optimizer.zero_grad()
         if step % _CHECK_EVERY_STEPS == 0:
             reached = {task: sampled_accuracy(model, arithmetic.all_problems(max_operand, task)) for task in tasks}
-            shares = {task: 64 if reached[task] < config.warmup_accuracy else 2 for task in tasks}
+            shares = {
+                task: _PROBLEMS_PER_STEP if each < config.warmup_accuracy else _PROBLEMS_AGAINST_FORGETTING
+                for task, each in reached.items()
+            }
             accuracy = min(reached.values())
             if progress is not None:
                 progress(step, accuracy)
