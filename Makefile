@@ -21,7 +21,7 @@ BENCH   ?= --engine gloo --json runs/bench_engine.json
 BENCH_GATHER ?= --json runs/bench_gather.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-distributed test-vllm lint format bench bench-gather clean clean-venv
+.PHONY: help setup demo tenants test test-fast test-distributed test-vllm lint format bench bench-gather clean clean-venv
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ setup: $(STAMP)  ## create .venv from the pinned list (about 3 minutes, once)
 
 demo: $(STAMP)  ## GRPO on arithmetic: a Lightning trainer, a real vLLM server, and a control without syncing
 	$(BIN)/python -m recipes.demo
+
+tenants: $(STAMP)  ## GRPO of two adapters at once, by two trainers on one real vLLM server
+	$(BIN)/python -m recipes.tenants --config configs/tenants.yaml
 
 test: $(STAMP)  ## all tests: unit, then several processes, then vLLM
 	$(UNIT)

@@ -1,11 +1,12 @@
-"""The task: two-digit additions such as "07+15=" -> "22", generated from a seed, one token a character.
+"""The tasks: additions such as "07+15=" -> "22" and reversals such as "0715=" -> "5170", generated from a seed.
 
-Nothing here needs torch; `tokenizer()` alone imports transformers.
+One token a character. Nothing here needs torch; `tokenizer()` alone imports transformers.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 _SPECIAL = {"<pad>": PAD_ID, "<eos>": EOS_ID, "<unk>": UNKNOWN_ID}
 VOCABULARY = _SPECIAL | {character: len(_SPECIAL) + i for i, character in enumerate("0123456789+=")}
-PROMPT_TOKENS = 6
-ANSWER_TOKENS = 2
 MAX_OPERAND = 49  # the largest with two-digit sums
 
 
@@ -28,21 +27,31 @@ class Problem:
     answer: str
 
 
-def problem(first: int, second: int) -> Problem:
-    """The addition of two operands from 0 to 49, every number written with two digits."""
+def addition(first: int, second: int) -> Problem:
+    """The sum of two operands from 0 to 49, every number written with two digits."""
     return Problem(f"{first:02d}+{second:02d}=", f"{first + second:02d}")
 
 
-def all_problems(max_operand: int) -> list[Problem]:
-    """Every addition of two operands from 0 to `max_operand`."""
+def reversal(first: int, second: int) -> Problem:
+    """The four digits of two operands, to be written backwards."""
+    digits = f"{first:02d}{second:02d}"
+    return Problem(f"{digits}=", digits[::-1])
+
+
+Task = Callable[[int, int], Problem]
+TASKS: dict[str, Task] = {"addition": addition, "reversal": reversal}
+
+
+def all_problems(max_operand: int, task: Task = addition) -> list[Problem]:
+    """Every problem of a task with two operands from 0 to `max_operand`."""
     operands = range(max_operand + 1)
-    return [problem(first, second) for first in operands for second in operands]
+    return [task(first, second) for first in operands for second in operands]
 
 
-def draw_problems(count: int, *, max_operand: int, seed: int, step: int) -> list[Problem]:
+def draw_problems(count: int, *, task: Task = addition, max_operand: int, seed: int, step: int) -> list[Problem]:
     """The prompts of one step: a pure function of its arguments, so that ranks agree without talking."""
     generator = random.Random(f"{seed}/{step}")
-    return [problem(generator.randint(0, max_operand), generator.randint(0, max_operand)) for _ in range(count)]
+    return [task(generator.randint(0, max_operand), generator.randint(0, max_operand)) for _ in range(count)]
 
 
 def exact_match(completion: str, answer: str) -> float:

@@ -11,14 +11,14 @@ from twinkle_callbacks.errors import ConfigError, TwinkleError
 
 
 def run(
-    description: str, argv: Sequence[str] | None, action: Callable[[RecipeConfig], None], *, trains: bool = True
+    description: str, argv: Sequence[str] | None, action: Callable[[RecipeConfig], int | None], *, trains: bool = True
 ) -> int:
     """Parses the command line, does what it says, words errors in one line. Returns the exit code.
 
     Args:
         description: first line of the help.
         argv: arguments, those of the process for None.
-        action: what to do with the configuration.
+        action: what to do with the configuration; may return the exit code.
         trains: whether to offer `--no-sync`.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -39,8 +39,7 @@ def run(
     except ConfigError as error:
         parser.error(str(error))
     try:
-        action(config.without_sync() if arguments.no_sync else config)
+        return action(config.without_sync() if arguments.no_sync else config) or 0
     except TwinkleError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    return 0

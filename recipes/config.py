@@ -1,16 +1,20 @@
-"""One YAML schema for both recipes. Needs no torch, so that `--help` and every complaint come at once."""
+"""One YAML schema for all recipes. Needs no torch, so that `--help` and every complaint come at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from twinkle_callbacks.auth import TENANT_NAME
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.errors import ConfigError
+
+TaskName = Literal["addition", "reversal"]
+TenantName = Annotated[str, Field(pattern=rf"^{TENANT_NAME.pattern}$")]
 
 
 class _Section(BaseModel):
@@ -28,9 +32,18 @@ class ModelConfig(_Section):
     warmup_max_steps: int = Field(1500, ge=1)
 
 
+class AdapterConfig(_Section):
+    """The LoRA adapter that is trained in place of the policy's own weights; without dropout, as the servers run it."""
+
+    r: Literal[8, 16, 32, 64] = 16  # as vLLM rounds them up
+    alpha: int = Field(32, ge=1)
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 class DataConfig(_Section):
     """The generated prompts: two operands from 0 to `max_operand`."""
 
+    task: TaskName = "addition"
     max_operand: int = Field(19, ge=1, le=49)
     prompts_per_step: int = Field(128, ge=1)
 
@@ -44,6 +57,7 @@ class RewardConfig(_Section):
 class RolloutConfig(_Section):
     """How the servers of `sync.rollouts` are sampled. The temperature is 1, as on-policy logprobs require."""
 
+    model: str | None = Field(None, min_length=1)  # an adapter's name; None: what the servers started with
     samples_per_prompt: int = Field(8, ge=2)
     max_tokens: int = Field(3, ge=1)
     timeout_s: float = Field(120.0, gt=0)
@@ -84,12 +98,14 @@ class RecipeConfig(_Section):
     steps: int = Field(100, ge=1)
     output_dir: Path = Path("runs/grpo")
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig | None = None
     data: DataConfig = DataConfig()
     reward: RewardConfig = RewardConfig()
     rollouts: RolloutConfig = RolloutConfig()
     sync: SyncSettings = SyncSettings()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
+    tenants: dict[TenantName, TaskName] = {}
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> RecipeConfig:
@@ -120,6 +136,21 @@ class RecipeConfig(_Section):
     def without_sync(self) -> RecipeConfig:
         """The control: the push at the start of training, which makes rollout and trainer equal, and none after it."""
         return self.changed(sync=self.sync_options(every_n_steps=self.steps + 1))
+
+    def tenant(self, name: str, rollouts: str) -> RecipeConfig:
+        """The run of one of the tenants: its own task, adapter and folder."""
+        return self.changed(
+            output_dir=self.output_dir / name,
+            data={**self.data.model_dump(), "task": self.tenants[name]},
+            rollouts={**self.rollouts.model_dump(), "model": name},
+            sync=self.sync_options(rollouts=rollouts, merge_and_sync=False, adapter_name=name),
+            tenants={},
+        )
+
+    @property
+    def tasks(self) -> list[TaskName]:
+        """What the policy is warmed up on."""
+        return sorted(set(self.tenants.values())) or [self.data.task]
 
     def sync_options(self, **replaced: Any) -> dict[str, Any]:
         """The section `sync` as keyword arguments of a callback, some of them replaced."""
@@ -178,5 +209,6 @@ def _explanations(error: ValidationError) -> Iterator[str]:
 def _fields(location: tuple[int | str, ...]) -> list[str]:
     section: Any = RecipeConfig
     for part in location:
-        section = section.model_fields[str(part)].annotation
+        annotation = section.model_fields[str(part)].annotation
+        section = next(iter(get_args(annotation)), annotation)  # of an optional section, the section
     return list(section.model_fields)

@@ -10,26 +10,18 @@ import argparse
 import logging
 import os
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes.config import RecipeConfig
+from recipes.server import served
 from twinkle_callbacks.errors import ConfigError, TwinkleError
 
 if TYPE_CHECKING:
     from recipes.history import History
-
-# Everything beyond the model: a small cache and no compilation, so that the server starts in half a minute on a CPU.
-SERVER_ARGS = (
-    *("--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "256"),
-    *("--enforce-eager", "--kv-cache-memory-bytes", "64M", "--generation-config", "vllm"),
-)
-READY_TIMEOUT_S = 300.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,19 +61,9 @@ def run(options: argparse.Namespace, command: str) -> int:
 
 def _train_both(config: RecipeConfig, control_steps: int, output: Path) -> tuple[History, History]:
     from recipes.grpo_lightning import train
-    from twinkle_callbacks.cli.serve import serving
 
     _say("2/4  server: stock vLLM loads the policy; its log is server.log")
-    with ExitStack() as stack:
-        with _heartbeat():
-            server = stack.enter_context(
-                serving(
-                    str(config.model.path),
-                    vllm_args=SERVER_ARGS,
-                    ready_timeout_s=READY_TIMEOUT_S,
-                    log_path=output / "server.log",
-                )
-            )
+    with served(config.model.path, output / "server.log") as server:
         sync = config.sync_options(rollouts=server.url)
         _say(f"3/4  training: {config.steps} steps, {server.url} synced after each")
         synced = train(config.changed(sync=sync, output_dir=output / "synced"))
@@ -109,24 +91,6 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # lightning 2.6 on torch 2.13, in lightning/pytorch/utilities/_pytree.py; until lightning asks `is_leaf()`.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-
-
-@contextmanager
-def _heartbeat() -> Iterator[None]:
-    """Says every ten seconds that the block still runs."""
-    done, started = threading.Event(), time.perf_counter()
-
-    def beat() -> None:
-        while not done.wait(10.0):
-            print(f"... {time.perf_counter() - started:.0f} s", flush=True)
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _say(message: str) -> None:

@@ -59,7 +59,11 @@ class Collector:
         """Samples and scores the prompts of a step."""
         data, group_size = self._config.data, self._config.rollouts.samples_per_prompt
         problems = arithmetic.draw_problems(
-            data.prompts_per_step, max_operand=data.max_operand, seed=self._config.seed, step=step
+            data.prompts_per_step,
+            task=arithmetic.TASKS[data.task],
+            max_operand=data.max_operand,
+            seed=self._config.seed,
+            step=step,
         )[self._share]
         version = self._sampler.weight_version()
         started = time.perf_counter()

@@ -49,9 +49,7 @@ def train(config: RecipeConfig) -> History:
     optimizer, schedule = grpo.make_optimizer(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     with (
-        Sampler(
-            config.rollout_urls, max_tokens=config.rollouts.max_tokens, timeout_s=config.rollouts.timeout_s
-        ) as sampler,
+        Sampler.of(config) as sampler,
         WeightSync(accelerator, model, optimizer, **config.sync_options()) as sync,
     ):
         collector = Collector(config, sampler, device=accelerator.device, **share)
@@ -82,7 +80,7 @@ def _load(accelerator: Accelerator, config: RecipeConfig) -> tuple[nn.Module, di
     if (deepspeed := accelerator.state.deepspeed_plugin) is not None:  # has no data loader to see it from
         samples = config.data.prompts_per_step * config.rollouts.samples_per_prompt // accelerator.num_processes
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = samples
-    policy = load_policy(config.model.path)
+    policy = load_policy(config.model.path, config.adapter)
     if (layout := accelerator.parallelism_config) is not None and layout.tp_enabled:
         mesh = accelerator.torch_device_mesh
         parallel.split_layers(policy.to(accelerator.device), mesh["tp"])

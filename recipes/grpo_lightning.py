@@ -49,9 +49,7 @@ def train(config: RecipeConfig) -> History:
         enable_model_summary=False,
         **parallel.trainer_options(config),
     )
-    with Sampler(
-        config.rollout_urls, max_tokens=config.rollouts.max_tokens, timeout_s=config.rollouts.timeout_s
-    ) as sampler:
+    with Sampler.of(config) as sampler:
         module = GRPOModule(config, sampler, sync)
         trainer.fit(module, train_dataloaders=range(config.steps))
     return module.history

@@ -32,7 +32,7 @@ class GRPOModule(pl.LightningModule):
 
     def __init__(self, config: RecipeConfig, sampler: Sampler, sync: WeightSyncCallback) -> None:
         super().__init__()
-        self.policy = load_policy(config.model.path)
+        self.policy = load_policy(config.model.path, config.adapter)
         self._config, self._sampler, self._sync = config, sampler, sync
 
     @override

@@ -6,17 +6,19 @@ The warm-up leaves it right about four times in ten, so that a group of samples 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from recipes import arithmetic
-from recipes.arithmetic import Problem
-from recipes.config import ModelConfig
+from recipes.arithmetic import Problem, Task
+from recipes.config import AdapterConfig, ModelConfig
 from recipes.grpo import token_logprobs
 from twinkle_callbacks.errors import ConfigError
 
@@ -24,6 +26,8 @@ transformers.utils.logging.disable_progress_bar()  # for reading and writing two
 
 _IGNORED = -100
 _CHECK_EVERY_STEPS = 5
+_PROBLEMS_PER_STEP = 64
+_PROBLEMS_AGAINST_FORGETTING = 2
 
 
 @dataclass(frozen=True)
@@ -61,26 +65,36 @@ def warm_up(
     seed: int,
     config: ModelConfig,
     max_operand: int,
+    tasks: Sequence[Task] = (arithmetic.addition,),
     progress: Callable[[int, float], None] | None = None,
 ) -> WarmUp:
-    """Trains on right answers until sampling would be right with probability `config.warmup_accuracy`.
+    """Trains on right answers until sampling would be right with probability `config.warmup_accuracy` in each task.
+
+    A task that is there already gets a few problems a step, enough not to be forgotten.
 
     Raises:
         ConfigError: that accuracy was not reached within `config.warmup_max_steps`.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup_lr, weight_decay=0.0)
     started, accuracy = time.perf_counter(), 0.0
-    every_problem = arithmetic.all_problems(max_operand)
+    shares = dict.fromkeys(tasks, _PROBLEMS_PER_STEP)
     for step in range(1, config.warmup_max_steps + 1):
-        problems = arithmetic.draw_problems(64, max_operand=max_operand, seed=seed, step=-step)
-        tokens = _with_answers(problems)
-        labels = tokens.clone()
-        labels[:, : arithmetic.PROMPT_TOKENS] = _IGNORED
+        problems = [
+            problem
+            for task, share in shares.items()
+            for problem in arithmetic.draw_problems(share, task=task, max_operand=max_operand, seed=seed, step=-step)
+        ]
+        tokens, labels = _with_answers(problems)
         model(input_ids=tokens, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % _CHECK_EVERY_STEPS == 0:
-            accuracy = sampled_accuracy(model, every_problem)
+            reached = {task: sampled_accuracy(model, arithmetic.all_problems(max_operand, task)) for task in tasks}
+            shares = {
+                task: _PROBLEMS_PER_STEP if each < config.warmup_accuracy else _PROBLEMS_AGAINST_FORGETTING
+                for task, each in reached.items()
+            }
+            accuracy = min(reached.values())
             if progress is not None:
                 progress(step, accuracy)
             if accuracy >= config.warmup_accuracy:
@@ -94,7 +108,8 @@ def warm_up(
 @torch.no_grad()
 def sampled_accuracy(model: Qwen3ForCausalLM, problems: list[Problem]) -> float:
     """Mean probability that a sample at temperature 1 is exactly the answer; computed, not sampled."""
-    answers = token_logprobs(model, _with_answers(problems))[:, arithmetic.PROMPT_TOKENS - 1 :]
+    tokens, labels = _with_answers(problems)
+    answers = token_logprobs(model, tokens) * (labels[:, 1:] != _IGNORED)
     return float(answers.sum(dim=1).exp().mean())
 
 
@@ -104,17 +119,31 @@ def save_policy(model: Qwen3ForCausalLM, folder: Path) -> None:
     arithmetic.tokenizer().save_pretrained(folder)
 
 
-def load_policy(folder: Path) -> Qwen3ForCausalLM:
-    """The policy of a folder, in float32 on the CPU.
+def load_policy(folder: Path, adapter: AdapterConfig | None = None) -> nn.Module:
+    """The policy of a folder, in float32 on the CPU, below a fresh adapter if one is given.
 
     Raises:
         ConfigError: there is no checkpoint; says how to make one.
     """
     if not (folder / "config.json").exists():
         raise ConfigError(f"no policy in {folder}; make it with: python -m recipes.prepare --config FILE")
-    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).train()
+    policy = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).train()
+    if adapter is None:
+        return policy
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        policy, LoraConfig(r=adapter.r, lora_alpha=adapter.alpha, target_modules=adapter.target_modules)
+    )
 
 
-def _with_answers(problems: list[Problem]) -> torch.Tensor:
-    rows = [[*arithmetic.encode(p.prompt + p.answer), arithmetic.EOS_ID] for p in problems]
-    return torch.tensor(rows)
+def _with_answers(problems: list[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts with their answers, and the labels: the same where a token is to be learnt. Padded at the right."""
+    tokens = [torch.tensor([*arithmetic.encode(p.prompt + p.answer), arithmetic.EOS_ID]) for p in problems]
+    labels = [row.clone() for row in tokens]
+    for row, each in zip(labels, problems, strict=True):
+        row[: len(each.prompt)] = _IGNORED
+    return (
+        pad_sequence(tokens, batch_first=True, padding_value=arithmetic.PAD_ID),
+        pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
+    )

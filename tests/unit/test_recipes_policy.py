@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recipes import arithmetic
-from recipes.config import ModelConfig
+from recipes.config import AdapterConfig, ModelConfig
 from recipes.policy import build_policy, load_policy, sampled_accuracy, save_policy, warm_up
 from twinkle_callbacks.errors import ConfigError
 
@@ -49,9 +49,36 @@ def test_sampled_accuracy_is_what_sampling_gives() -> None:
     sampled = policy.generate(
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=3, do_sample=True, top_k=0, top_p=1.0
     )
-    texts = arithmetic.tokenizer().batch_decode(sampled[:, arithmetic.PROMPT_TOKENS :], skip_special_tokens=True)
+    texts = arithmetic.tokenizer().batch_decode(sampled[:, prompts.shape[1] :], skip_special_tokens=True)
     hits = [arithmetic.exact_match(text, p.answer) for text, p in zip(texts, problems * 20, strict=True)]
     assert sum(hits) / len(hits) == pytest.approx(sampled_accuracy(policy, problems), abs=0.02)
+
+
+def test_a_warm_up_on_two_tasks_brings_both_there() -> None:
+    policy, tasks = build_policy(0, SMALL), (arithmetic.addition, arithmetic.reversal)
+    done = warm_up(policy, 0, SMALL, max_operand=9, tasks=tasks)
+    reached = [sampled_accuracy(policy, arithmetic.all_problems(9, task)) for task in tasks]
+    assert done.accuracy == min(reached) >= SMALL.warmup_accuracy
+
+
+def test_problems_of_different_lengths_do_not_disturb_each_other() -> None:
+    policy, tasks = build_policy(0, SMALL), (arithmetic.addition, arithmetic.reversal)
+    warm_up(policy, 0, SMALL, max_operand=9, tasks=tasks)
+    one, other = (arithmetic.all_problems(9, task) for task in tasks)
+    alone = (sampled_accuracy(policy, one) + sampled_accuracy(policy, other)) / 2
+    assert sampled_accuracy(policy, one + other) == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains(tmp_path: Path) -> None:
+    policy = build_policy(0, SMALL)
+    save_policy(policy, tmp_path)
+    adapted = load_policy(tmp_path, AdapterConfig(r=8, target_modules=["q_proj"]))
+    tokens = torch.tensor([arithmetic.encode("07+15=")])
+    assert torch.equal(adapted(tokens).logits, policy(tokens).logits)
+    assert {name.split(".")[-3] for name, each in adapted.named_parameters() if each.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
 
 
 def test_a_warm_up_that_does_not_get_there_says_what_to_change() -> None:

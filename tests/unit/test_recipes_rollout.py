@@ -13,6 +13,7 @@ from recipes import arithmetic
 from recipes.config import DataConfig, RecipeConfig, RolloutConfig
 from recipes.experience import Collector
 from recipes.rollout import Completion, Sampler
+from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.errors import ConfigError, DeadlineError, RolloutError, RolloutUnreachableError
 
 PROMPTS = [arithmetic.encode(prompt) for prompt in ("07+15=", "01+02=", "11+08=")]
@@ -46,8 +47,8 @@ class FakeServer(httpx.BaseTransport):
         return {"index": index, "token_ids": ids, "text": text, "logprobs": {"token_logprobs": [-0.5] * len(ids)}}
 
 
-def sampler(transport: httpx.BaseTransport, urls: list[str] | None = None) -> Sampler:
-    return Sampler(urls or ["http://a:1"], max_tokens=3, timeout_s=5.0, transport=transport)
+def sampler(transport: httpx.BaseTransport, urls: list[str] | None = None, model: str | None = None) -> Sampler:
+    return Sampler(urls or ["http://a:1"], max_tokens=3, timeout_s=5.0, model=model, transport=transport)
 
 
 def test_one_request_carries_all_prompts_and_results_keep_their_order() -> None:
@@ -84,6 +85,32 @@ def test_the_weight_version_is_the_servers_own_and_must_be_one() -> None:
     apart = sampler(FakeServer({"a": "7", "b": "8"}), ["http://a:1", "http://b:1"])
     with apart, pytest.raises(RolloutError, match="different weight versions.*'7'.*'8'"):
         apart.weight_version()
+
+
+def served_models(*models: dict[str, str]) -> httpx.MockTransport:
+    return httpx.MockTransport(lambda request: httpx.Response(200, json={"data": list(models)}))
+
+
+def test_the_version_of_an_adapter_is_in_the_list_of_models() -> None:
+    base = {"id": "policy", "root": "policy"}
+    sent = {"id": "add", "root": str(AdapterPath.sent(12))}
+    attached = {"id": "other", "root": str(AdapterPath.attached("/adapters/other"))}
+    with sampler(served_models(base, sent, attached), model="add") as sampling:
+        assert sampling.weight_version() == "12"
+    for name in ("other", "unknown", "policy"):
+        with sampler(served_models(base, sent, attached), model=name) as sampling:
+            with pytest.raises(RolloutError, match=f"no trainer sent an adapter '{name}'"):
+                sampling.weight_version()
+
+
+def test_requests_name_the_adapter_and_greedy_ones_take_the_likeliest_tokens() -> None:
+    server = FakeServer()
+    with sampler(server) as base, sampler(server, model="add") as adapter:
+        base.greedy(PROMPTS)
+        adapter.sample(PROMPTS, per_prompt=2)
+    (_, greedy), (_, sampled) = server.requests
+    assert (greedy["temperature"], greedy["n"], greedy.get("model")) == (0.0, 1, None)
+    assert (sampled["temperature"], sampled["n"], sampled["model"]) == (1.0, 2, "add")
 
 
 def without_logprobs(answer: Any) -> Any:

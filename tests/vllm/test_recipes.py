@@ -1,4 +1,4 @@
-"""Both recipes, cut down to three steps, against the real server: what they sample comes from the newest weights."""
+"""The recipes, cut down to a few steps, against the real server: what they sample comes from the newest weights."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from recipes import tenants
 from recipes.config import RecipeConfig
 from recipes.grpo_lightning import train
 from recipes.history import StepRecord
 from recipes.policy import load_policy, save_policy, warm_up
+from recipes.tenants_report import TenantsReport
 from tests.distributed.launch import run_ranks
 from tests.vllm.conftest import Server
 from tests.vllm.engines import server_version
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "grpo_smoke.yaml"
+TENANTS_SMOKE = ROOT / "configs" / "tenants_smoke.yaml"
 STEPS = 3
 SAME = 1e-4  # float32 on both sides, other kernels
 
@@ -77,3 +80,16 @@ def test_accelerate_recipe_runs_in_two_processes(vllm_server: Server, policy_dir
     assert_on_policy(records(tmp_path))
     assert "4 weight versions seen on the server" in lead
     assert "reward" not in follower
+
+
+@pytest.mark.slow
+def test_two_tenants_train_at_the_same_time_and_leave_the_base_alone(tmp_path: Path) -> None:
+    code = tenants.main(["--config", str(TENANTS_SMOKE), f"output_dir={tmp_path}", f"model.path={tmp_path / 'base'}"])
+    report = TenantsReport.model_validate_json((tmp_path / "report.json").read_text())
+    assert all("the reward rose by" in failure for failure in report.failures)  # too few steps for that to be sure
+    assert code == bool(report.failures)
+    assert report.base_is_untouched
+    for tenant in report.tenants.values():
+        assert [record.server_version for record in tenant.records] == [str(step) for step in range(tenant.steps + 1)]
+        assert tenant.logprob_gap_max < SAME
+    assert (tmp_path / "report.png").exists()

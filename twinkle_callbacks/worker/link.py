@@ -45,10 +45,11 @@ class Link:
             verify=False,
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="twinkle-worker")
+        self._joining: Future[None] | None = None
 
     def join(self, rank: int, describe: Callable[[], Joined]) -> None:
         """Starts joining as `rank`; `describe` runs on the link's thread."""
-        self._thread.submit(self._join, rank, describe)
+        self._joining = self._thread.submit(self._join, rank, describe)
 
     def _join(self, rank: int, describe: Callable[[], Joined]) -> None:
         try:
@@ -94,7 +95,12 @@ class Link:
             logger.warning("could not tell the trainer %s: %s", topic, error)
 
     def is_alive(self) -> bool:
-        """Whether the trainer at the other end is still there; asks it, and waits at most two seconds."""
+        """Whether the trainer at the other end is still there; asks it, and waits at most two seconds.
+
+        Until the link has joined there is nobody to ask: it counts as alive, and joining ends by its own timeout.
+        """
+        if self._joining is not None and not self._joining.done():
+            return True
         answered = threading.Event()
 
         def probe() -> None:
