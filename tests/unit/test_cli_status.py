@@ -16,6 +16,11 @@ from twinkle_callbacks.cli.status import ServerStatus, fetch_status
 from twinkle_callbacks.errors import AuthenticationError, ConfigError, RolloutError, RolloutUnreachableError
 
 TOKEN = "a token of enough length"
+MODELS = [
+    {"id": "policy", "root": "/policy", "parent": None},
+    {"id": "also", "root": "/policy", "parent": None},
+    {"id": "math", "root": "twinkle:0011223344556677@4", "parent": "policy"},
+]
 
 
 class Server(ThreadingHTTPServer):
@@ -27,7 +32,7 @@ class Server(ThreadingHTTPServer):
             "/weight_info": (200, {"weight_version": "default"}),
             "/is_paused": (200, {"is_paused": True}),
             "/get_world_size": (200, {"world_size": 1}),
-            "/v1/models": (200, {"data": [{"id": "policy"}, {"id": "adapter"}]}),
+            "/v1/models": (200, {"data": MODELS}),
             "/server_info": (200, {"vllm_config": {"lora_config": {"max_loras": 1}, "weight_transfer_config": None}}),
         }
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -66,13 +71,14 @@ def test_the_status_is_what_the_server_says_and_each_request_is_signed_anew(serv
     assert fetch_status(server.url + "/") == ServerStatus(
         url=server.url,
         version="default",
-        model="policy, adapter",
+        model="policy, also",
         paused=True,
         world_size=1,
         lora=True,
+        adapters={"math": "version 4"},
         backend=None,
     )
-    assert len(set(server.seen)) == 5
+    assert len(set(server.seen)) == 6
 
 
 def test_the_table_shows_every_value(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,10 +88,11 @@ def test_the_table_shows_every_value(server: Server, capsys: pytest.CaptureFixtu
     assert [row for row in rows if row] == [
         ["url", server.url],
         ["version", "default"],
-        ["model", "policy, adapter"],
+        ["model", "policy, also"],
         ["paused", "yes"],
         ["world size", "1"],
         ["lora", "yes"],
+        ["adapters", "math (version 4)"],
         ["backend", "none"],
     ]
 

@@ -118,6 +118,29 @@ def test_calls_are_vllms_routes_each_signed_over_what_it_asks(server: Server, ro
     assert TOKEN not in str(server.asked)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Call to collective_rpc method failed: it\'s "so"',
+        "Call to add_lora method failed: Worker failed with error 'it's \"so\"', please check the stack trace",
+        "Worker failed with error 'it's \"so\"', please check the stack trace above for the root cause",
+    ],
+)
+def test_a_workers_error_comes_without_what_vllm_puts_around_it(server: Server, text: str) -> None:
+    server.answers["/init_weight_transfer_engine"] = (500, {"error": {"message": text}})
+    rollout = HTTPRollout(server.url, token=TOKEN)
+    with pytest.raises(RolloutError, match='answered 500: it\'s "so"$'):
+        rollout.call({})
+    rollout.close()
+
+
+def test_a_tenant_does_not_ask_for_the_configuration_which_is_closed_to_it(server: Server) -> None:
+    rollout = HTTPRollout(server.url, token=auth.tenant_token(TOKEN, "math"))
+    rollout.join({})
+    rollout.close()
+    assert [path for _, path, _, _ in server.asked] == ["/weight_info", "/init_weight_transfer_engine"]
+
+
 NOT_CONFIGURED = (
     "Worker failed with error 'Weight transfer not configured. Please set weight_transfer_config to enable.'"
 )

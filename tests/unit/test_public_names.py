@@ -12,7 +12,7 @@ import pytest
 PUBLIC = {
     "twinkle_callbacks": {"SyncReport", "WeightSynchronizer", "__version__"},
     "twinkle_callbacks.engines": {"CheckpointEngine", "GlooCheckpointEngine", "get_engine"},
-    "twinkle_callbacks.rollouts": {"HTTPRollout", "LocalRollout"},
+    "twinkle_callbacks.rollouts": {"AdapterRegistry", "HTTPRollout", "LocalRollout"},
     "twinkle_callbacks.lightning": {"WeightSyncCallback"},
     "twinkle_callbacks.transformers": {"WeightSyncCallback"},
     "twinkle_callbacks.accelerate": {"WeightSync"},

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 import twinkle_callbacks
-from twinkle_callbacks.cli import demo, push, serve, status
+from twinkle_callbacks.cli import adapters, demo, push, serve, status, token
 from twinkle_callbacks.errors import TwinkleError
 
-COMMANDS = {"serve": serve, "status": status, "push": push, "demo": demo}
+COMMANDS = {"serve": serve, "status": status, "push": push, "adapters": adapters, "token": token, "demo": demo}
 
 
 def build_parser() -> argparse.ArgumentParser:

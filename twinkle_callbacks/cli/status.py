@@ -9,6 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from twinkle_callbacks.rollouts.registry import ServedAdapter
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class ServerStatus:
         paused: whether generation is paused.
         world_size: number of its workers, data parallel ones included.
         lora: whether it runs with `enable_lora`.
+        adapters: what it serves beside the base model, each with its version or folder.
         backend: its weight transfer backend; pushes need `twinkle`.
     """
 
@@ -31,6 +36,7 @@ class ServerStatus:
     paused: bool
     world_size: int
     lora: bool
+    adapters: dict[str, str]
     backend: str | None
 
 
@@ -60,7 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} ({version})" for name, version in value.items()) or None
     return "none" if value is None else str(value)
+
+
+def _version(adapter: ServedAdapter) -> str:
+    return adapter.folder if adapter.folder is not None else f"version {adapter.version}"
 
 
 def fetch_status(url: str, *, timeout_s: float = 30.0) -> ServerStatus:
@@ -77,6 +89,7 @@ def fetch_status(url: str, *, timeout_s: float = 30.0) -> ServerStatus:
         AuthenticationError: the server has another token.
     """
     from twinkle_callbacks.rollouts.http import HTTPRollout, backend_of
+    from twinkle_callbacks.rollouts.registry import AdapterRegistry
 
     server = HTTPRollout(url, timeout_s=timeout_s)
     try:
@@ -88,6 +101,7 @@ def fetch_status(url: str, *, timeout_s: float = 30.0) -> ServerStatus:
             paused=server.is_paused(),
             world_size=server.world_size(),
             lora=bool(config.get("lora_config")),
+            adapters={adapter.name: _version(adapter) for adapter in AdapterRegistry(server).list()},
             backend=backend_of(config),
         )
     finally:

@@ -8,8 +8,9 @@ from twinkle_callbacks.errors import ConfigError
 from twinkle_callbacks.rollouts.base import Rollout
 from twinkle_callbacks.rollouts.http import HTTPRollout
 from twinkle_callbacks.rollouts.local import LocalRollout
+from twinkle_callbacks.rollouts.registry import AdapterRegistry, ServedAdapter
 
-__all__ = ["HTTPRollout", "LocalRollout", "Rollout", "open_rollout"]
+__all__ = ["AdapterRegistry", "HTTPRollout", "LocalRollout", "Rollout", "ServedAdapter", "open_rollout"]
 
 
 def open_rollout(rollout: Any, *, token: str, timeout_s: float) -> Rollout:
