@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -85,6 +86,7 @@ class Server:
     async def settled(self, removed: list[int]) -> None:
         async with asyncio.timeout(10):
             while self.removed != removed:
+                gc.collect()  # tracebacks and coroutines hold frames in cycles
                 await asyncio.sleep(0)
 
 

@@ -79,7 +79,7 @@ class AdapterRoutes:
                 )
             done = await (self._load if path == LOAD else self._unload)(state, request)
         except _RefusedError as error:
-            logger.warning("refused %s: %s", path, error)
+            logger.warning("refused %s: %s", path, str(error))  # a log that kept the error would keep its version
             await answer(send, error.status, str(error))
         else:
             await answer(send, HTTPStatus.OK, done)
