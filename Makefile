@@ -19,9 +19,11 @@ PYTEST  := $(BIN)/python -m pytest
 UNIT    := $(PYTEST) --numprocesses 2 --dist loadfile --durations=5 tests/unit
 BENCH   ?= --engine gloo --json runs/bench_engine.json
 BENCH_GATHER ?= --json runs/bench_gather.json
+BENCH_LORA ?= --json runs/bench_lora.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tenants test test-fast test-distributed test-vllm lint format bench bench-gather clean clean-venv
+.PHONY: help setup demo tenants test test-fast test-distributed test-vllm lint format clean clean-venv \
+	bench bench-gather bench-lora
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +66,10 @@ bench: $(STAMP)  ## engine benchmark against raw Gloo; other arguments with BENC
 bench-gather: $(STAMP)  ## gathering benchmark against what users do today; other arguments with BENCH_GATHER=...
 	@mkdir -p runs
 	$(BIN)/python benchmarks/bench_gather.py $(BENCH_GATHER)
+
+bench-lora: $(STAMP)  ## an adapter brought to vLLM alone, by files, and merged; other arguments with BENCH_LORA=...
+	@mkdir -p runs
+	$(BIN)/python benchmarks/bench_lora.py $(BENCH_LORA)
 
 clean:  ## remove caches and the results in runs/
 	rm -rf runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -54,6 +54,11 @@ def case(
     }
 
 
+def median_and_spread(values: Sequence[float]) -> dict[str, Any]:
+    """Of something measured beside the cases, such as a phase."""
+    return {"median": statistics.median(values), "spread": [min(values), max(values)]}
+
+
 def write(path: Path | None, cases: list[dict[str, Any]]) -> None:
     """Prints the cases as a table, and writes them in the format of the project to `path`."""
     from rich.console import Console
@@ -78,19 +83,24 @@ def write(path: Path | None, cases: list[dict[str, Any]]) -> None:
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def written_bytes() -> int:
+    """Bytes that this process has written so far, to files and to the sockets of an engine (Linux)."""
+    return _proc_value("io", "wchar")
+
+
 def reset_peak_memory() -> int:
     """Starts a new measurement of this process's peak resident memory; returns the resident bytes now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
+    return _proc_value("status", "VmRSS") << 10
 
 
 def peak_memory() -> int:
     """Peak resident bytes since `reset_peak_memory` (Linux)."""
-    return _status_bytes("VmHWM")
+    return _proc_value("status", "VmHWM") << 10
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _proc_value(file: str, field: str) -> int:
+    for line in Path(f"/proc/self/{file}").read_text().splitlines():
         if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {field}")
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/{file} has no {field}")
