@@ -66,7 +66,7 @@ def put(model: torch.nn.Module, request: Any, adapter: Adapter, only_rank: int |
     assert path is not None
     store.check(request.lora_name, adapter.config, adapter.shapes)
     if only_rank in (None, get_tp_group().rank_in_group):
-        store.put(request.lora_name, path, adapter.config, adapter.tensors)
+        store.put(request.lora_name, path, adapter.config, adapter.copies())
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class AdapterStore:
     def put(self, name: str, path: AdapterPath, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Keeps a version until it is loaded by `add_lora`; one of the same name that was not loaded yet is dropped.
 
-        Runs on any thread while the model generates. The tensors are copied.
+        Runs on any thread while the model generates. The tensors are taken over: packing scales lora_B in place.
 
         Args:
             name: the adapter's name.
@@ -316,15 +316,14 @@ def _build(manager: Any, config: Mapping[str, Any], tensors: Mapping[str, torch.
     helper.validate_legal(manager.lora_config)
     experts = getattr(manager, "moe_ep_load_spec", None)
     dtype = manager.lora_config.lora_dtype
-    # Copies, since packing scales lora_B in place.
-    copies = {
-        name: tensor.detach().to(device="cpu", dtype=dtype, copy=True)
+    own = {
+        name: tensor.detach().to(device="cpu", dtype=dtype)
         for name, tensor in tensors.items()
         if experts is None or not _is_remote_expert_key(name, experts)
     }
     model = LoRAModel.from_lora_tensors(
         1,  # the id is given when it is loaded
-        copies,
+        own,
         helper,
         device="cpu",
         dtype=dtype,
