@@ -22,6 +22,10 @@ from twinkle_callbacks.worker.messages import COMPARE, RECEIVE, Adapter, Adapter
 
 logger = logging.getLogger(__name__)
 
+# An adapter fits into one bucket of the usual size, and workers would stage none of it before all of it is there. Measured
+# with 20 MB: 38 ms a transfer with 512 MiB, 24 ms with 4, the same with 2.
+MAX_BUCKET_BYTES = 4 << 20
+
 
 class BaseFleet(Fleet):
     """Takes rollouts that serve adapters through a push of the base below them."""
@@ -75,6 +79,10 @@ class AdapterFleet(Fleet):
                 f"dtype={wanted!r}, but {replica.name} keeps adapters in {has}; start the server with "
                 f"--lora-dtype {wanted}, or leave dtype at None"
             )
+
+    @property
+    def bucket_size_bytes(self) -> int:
+        return min(self.settings.bucket_size_bytes, MAX_BUCKET_BYTES)
 
     @property
     def dtype(self) -> str:

@@ -116,13 +116,18 @@ class Fleet:
         replica.in_update = any(worker.in_update for worker in replica.joined)
         replica.may_serve = all(worker.intact for worker in replica.joined)
 
+    @property
+    def bucket_size_bytes(self) -> int:
+        """Of a wire bucket."""
+        return self.settings.bucket_size_bytes
+
     def _make_engine(self, rollouts: Sequence[Rollout]) -> CheckpointEngine:
         name = self.settings.engine
         if name == "auto":
             name = "gloo"
             logger.info("engine=auto: chose gloo, which reaches every host and device from the CPU")
         engine = get_engine(name)(
-            bucket_size=self.settings.bucket_size_bytes,
+            bucket_size=self.bucket_size_bytes,
             timeout=self.settings.timeout_s,
             token=self._token,
             host=_address_towards([rollout.host for rollout in rollouts]),
@@ -140,7 +145,7 @@ class Fleet:
             metadata=metadata,
             rank_offset=replica.ranks.start,
             world_size=world_size,
-            bucket_size=self.settings.bucket_size_bytes,
+            bucket_size=self.bucket_size_bytes,
             timeout_s=self.settings.timeout_s,
             verify=self.settings.verify != "off",
             client=self._client,
