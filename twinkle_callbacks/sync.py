@@ -191,6 +191,8 @@ class WeightSynchronizer:
             return self._fleet.dtype
 
         self._refuse_engines_of_other_ranks()
+        if not self.settings.merge_and_sync:
+            self._source = self._open_source(self.settings.dtype)  # the handshake tells what the adapter is by now
         try:
             dtype = self._group.on_leader(handshake)
             self._source = self._open_source(self.settings.dtype or dtype)  # after a failed push, on what is there now

@@ -53,7 +53,8 @@ class Server:
             remove_lora=self._remove,
             output_processor=SimpleNamespace(request_states=self.requests),
         )
-        self.state = SimpleNamespace(openai_serving_models=self.models, engine_client=client)
+        args = SimpleNamespace(api_server_count=1)
+        self.state = SimpleNamespace(openai_serving_models=self.models, engine_client=client, args=args)
         self.routes = AdapterRoutes(self._app)
         self.tenant = ""
 
@@ -225,6 +226,16 @@ def test_a_server_without_lora_says_so(server: Server) -> None:
         response = await server.load("math", "/a")
         assert response.status_code == 400
         assert "--enable-lora" in response.json()["error"]
+
+    run(scenario)
+
+
+def test_a_server_of_several_api_processes_says_so(server: Server) -> None:
+    async def scenario() -> None:
+        server.state.args.api_server_count = 2
+        response = await server.load("math", "/a")
+        assert response.status_code == 400
+        assert "--api-server-count 1" in response.json()["error"]
 
     run(scenario)
 

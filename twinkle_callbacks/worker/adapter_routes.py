@@ -73,10 +73,7 @@ class AdapterRoutes:
                     HTTPStatus.FORBIDDEN, f"adapter {request.name!r} is not one of tenant {scope[TENANT_SCOPE]!r}"
                 )
             state = scope["app"].state
-            if state.engine_client.vllm_config.lora_config is None:
-                raise _RefusedError(
-                    HTTPStatus.BAD_REQUEST, "this server runs without LoRA; start it with --enable-lora"
-                )
+            _refuse_server(state)
             done = await (self._load if path == LOAD else self._unload)(state, request)
         except _RefusedError as error:
             logger.warning("refused %s: %s", path, str(error))  # a log that kept the error would keep its version
@@ -176,6 +173,18 @@ def _parse(body: bytes | None) -> _Request:
     if not all(isinstance(text, str) for text in (request.name, request.path)) or not request.name:
         raise _RefusedError(HTTPStatus.BAD_REQUEST, "lora_name and lora_path are strings, and lora_name is not empty")
     return request
+
+
+def _refuse_server(state: Any) -> None:
+    if state.engine_client.vllm_config.lora_config is None:
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "this server runs without LoRA; start it with --enable-lora")
+    count = getattr(state.args, "api_server_count", None) or 1
+    if count > 1:
+        raise _RefusedError(
+            HTTPStatus.BAD_REQUEST,
+            f"this server has {count} API server processes, of which one would know the adapter; start it with "
+            f"--api-server-count 1",
+        )
 
 
 def _refuse(models: Any, request: _Request) -> None:
