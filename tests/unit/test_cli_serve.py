@@ -218,5 +218,6 @@ def test_the_status_command_shows_a_running_server() -> None:
         "paused": False,
         "world_size": 2,
         "lora": False,
+        "adapters": {},
         "backend": "twinkle",
     }
