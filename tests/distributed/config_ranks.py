@@ -39,9 +39,13 @@ ANSWERS = {tuple(arithmetic.encode(each.prompt)): each.answer for each in arithm
 class RandomSampler:
     """In the place of `recipes.rollout.Sampler`. Each of the two shares has its samples, whoever collects it."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self) -> None:
         peers = WORLD // 2
         self._is_first, self._random = RANK % peers == 0, random.Random(RANK // peers)
+
+    @classmethod
+    def of(cls, _: RecipeConfig) -> RandomSampler:
+        return cls()
 
     def sample(self, prompts: Sequence[list[int]], per_prompt: int) -> list[Completion]:
         assert self._is_first, "of ranks that share samples, only the first may draw them"
