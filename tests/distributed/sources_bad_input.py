@@ -276,7 +276,7 @@ def run(scenario: Scenario) -> None:
     try:
         scenario(rollout)
     finally:
-        rollout.leave()
+        rollout.end()
 
 
 def main() -> None:

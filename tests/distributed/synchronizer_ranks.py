@@ -143,7 +143,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
     rollout = FakeRollout()
     globals()[os.environ["SCENARIO"]](rollout)
-    rollout.leave()
+    rollout.end()
     torch.distributed.destroy_process_group()
 
 

@@ -146,7 +146,7 @@ def test_bad_input_is_one_clear_error_before_anything_is_sent(llm: Any, tmp_path
         WeightSynchronizer(policy, rollouts=rollout, engine="warp").open()
     with pytest.raises(ConfigError, match="neither a URL nor a rollout"):
         WeightSynchronizer(policy, rollouts=llm).open()
-    with pytest.raises(ConfigError, match="merge_and_sync"):
+    with pytest.raises(SourceError, match=r"holds no adapter.*merge_and_sync=True"):
         WeightSynchronizer(policy, rollouts=rollout, merge_and_sync=False)
     build("qwen3").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="backend"):
