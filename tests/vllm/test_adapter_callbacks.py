@@ -17,7 +17,7 @@ from tests.tiny_models import VOCAB
 from tests.unit import accelerate_cases, lightning_cases
 from tests.vllm.adapters import PROMPTS, Reference, adapted
 from tests.vllm.conftest import Server
-from tests.vllm.engines import assert_same, release, server_answers
+from tests.vllm.engines import assert_same, server_answers
 from tests.vllm.test_adapters import version_of
 from twinkle_callbacks.accelerate import WeightSync
 from twinkle_callbacks.lightning import WeightSyncCallback
@@ -32,8 +32,9 @@ NAME = "callback"
 
 @pytest.fixture(scope="module")
 def reference(lora_server: Server) -> Iterator[Reference]:
-    yield Reference(lora_server.policy_dir)
-    release()
+    reference = Reference(lora_server.policy_dir)
+    yield reference
+    reference.close()
 
 
 @pytest.fixture

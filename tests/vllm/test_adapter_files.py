@@ -12,7 +12,7 @@ import pytest
 
 from tests.vllm.adapters import PROMPTS, Reference, adapted, train
 from tests.vllm.conftest import Server
-from tests.vllm.engines import assert_same, release, server_answers
+from tests.vllm.engines import assert_same, server_answers
 from twinkle_callbacks import WeightSynchronizer, auth
 from twinkle_callbacks.errors import AuthenticationError, RolloutError
 from twinkle_callbacks.rollouts import AdapterRegistry, ServedAdapter
@@ -20,8 +20,9 @@ from twinkle_callbacks.rollouts import AdapterRegistry, ServedAdapter
 
 @pytest.fixture(scope="module")
 def reference(lora_server: Server) -> Iterator[Reference]:
-    yield Reference(lora_server.policy_dir)
-    release()
+    reference = Reference(lora_server.policy_dir)
+    yield reference
+    reference.close()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.tiny_models import build
 from tests.vllm import sharded_adapter, tenant
 from tests.vllm.adapters import PROMPTS, Reference, adapted, train
 from tests.vllm.conftest import Server
-from tests.vllm.engines import Answers, assert_same, release, server_answers
+from tests.vllm.engines import Answers, assert_same, server_answers
 from twinkle_callbacks import WeightSynchronizer, auth
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.errors import AuthenticationError, RolloutError, SyncError, TwinkleError
@@ -29,8 +29,9 @@ SYNCS = 50
 
 @pytest.fixture(scope="module")
 def reference(lora_server: Server) -> Iterator[Reference]:
-    yield Reference(lora_server.policy_dir)
-    release()
+    reference = Reference(lora_server.policy_dir)
+    yield reference
+    reference.close()
 
 
 @pytest.fixture(autouse=True)
