@@ -15,7 +15,7 @@ import secrets
 from typing import NamedTuple
 
 _STAMP_BYTES = 8
-_PATTERN = re.compile(r"twinkle:(?P<stamp>[0-9a-f]{16})(?:@(?P<version>\d+)|=(?P<folder>.+))", re.DOTALL)
+_PATTERN = re.compile(r"twinkle:(?P<stamp>[0-9a-f]{16})(?:@(?P<version>[0-9]{1,20})|=(?P<folder>.+))", re.DOTALL)
 
 
 class AdapterPath(NamedTuple):

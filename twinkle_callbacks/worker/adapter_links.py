@@ -135,8 +135,9 @@ class AdapterLinks:
         return self._base.commits
 
     def _compare(self, link: Link, call: AdapterCall) -> None:
+        commits = self._base.commits  # before it is looked at, which takes a while
         try:
-            compared = Compared(self._base.differing(call.base), base_commits=self._base.commits)
+            compared = Compared(self._base.differing(call.base), base_commits=commits)
         except Exception as error:  # whatever reading the checkpoint raises; told to the trainer
             logger.warning("cannot tell whether the base is that of adapter %r: %s", call.adapter, error)
             compared = Compared(failure=Failure.of(error), base_commits=self._base.commits)

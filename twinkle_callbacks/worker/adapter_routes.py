@@ -97,7 +97,11 @@ class AdapterRoutes:
                     f"all {max_loras} adapter slots are taken (by {', '.join(sorted(known))}); start the server with "
                     f"--max-loras {len(known) + 1}, or detach one",
                 )
-            path = AdapterPath.parse(request.path) or AdapterPath.attached(request.path)
+            path = AdapterPath.parse(request.path)
+            if (
+                path is None or path.folder is not None
+            ):  # a folder is stamped here, or two of its states could share one
+                path = AdapterPath.attached(request.path if path is None else path.folder or "")
             version = self._new_version(models, client, request, path)
             try:
                 await client.add_lora(version)
@@ -190,6 +194,8 @@ def _refuse_server(state: Any) -> None:
 def _refuse(models: Any, request: _Request) -> None:
     if not request.path:
         raise _RefusedError(HTTPStatus.BAD_REQUEST, f"adapter {request.name!r}: lora_path is missing")
+    if AdapterPath.parse(request.path) is None and not request.path.startswith("/"):
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"lora_path {request.path!r} is no absolute path on this server")
     if models.is_base_model(request.name):
         raise _RefusedError(
             HTTPStatus.BAD_REQUEST, f"{request.name!r} is the name of the base model; choose another adapter_name"

@@ -243,12 +243,14 @@ class AdapterStore:
 
     def _taken(self, path: str, name: str, parsed: AdapterPath) -> Any:
         with self._lock:
-            waiting = next((version for version in self._waiting.values() if version.path == path), None)
+            waiting = next(
+                (version for version in self._waiting.values() if (version.path, version.name) == (path, name)), None
+            )
             if waiting is not None:
                 del self._waiting[waiting.name]
                 return waiting.model
             for version in self._loaded.values():  # under another id, as several API servers may give one
-                if version.path == path and not version.stands_in:
+                if version.path == path and version.name == name and not version.stands_in:
                     return version.model
         raise RolloutError(
             f"version {parsed.version} of adapter {name!r} ({path}) is not in this worker's memory: it was not sent "
