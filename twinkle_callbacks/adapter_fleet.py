@@ -18,7 +18,7 @@ from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.errors import RolloutError, from_wire
 from twinkle_callbacks.fleet import Fleet, Replica
 from twinkle_callbacks.report import ReplicaReport
-from twinkle_callbacks.worker.messages import COMPARE, RECEIVE, Adapter, AdapterCall, Compared, JoinRequest, LoRARuns
+from twinkle_callbacks.worker.messages import COMPARE, RECEIVE, Adapter, Compared, JoinRequest, LoRARuns
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class BaseFleet(Fleet):
     """Takes rollouts that serve adapters through a push of the base below them."""
 
     def _check_lora(self, replica: Replica) -> None:
-        """Takes servers with and without LoRA."""
+        """Refuses none: servers with LoRA are what this is for, and without it is fine too."""
 
 
 class AdapterFleet(Fleet):
@@ -61,7 +61,7 @@ class AdapterFleet(Fleet):
         return msgspec.structs.replace(super()._request(replica, metadata, world_size), adapter=self.adapter)
 
     def _take_over(self, replica: Replica) -> None:
-        """An update of the base that is open is its own trainer's to end."""
+        """Takes nothing over: an update of the base that is open is its own trainer's to end."""
 
     def _check_lora(self, replica: Replica) -> None:
         for rank, runs in zip(replica.ranks, replica.joined, strict=True):
@@ -104,10 +104,10 @@ class AdapterFleet(Fleet):
             What differs, by the name of the rollout; empty where all hold it.
         """
         self._comparisons += 1
-        self._each(lambda replica: self._call(replica, COMPARE, self._comparisons, base=base))
+        self._each(lambda replica: self._call(replica, COMPARE, number=self._comparisons, base=base))
         differing: dict[str, str] = {}
         for replica in self.replicas:
-            answers = self.receipts_of(replica, f"compared-{self._comparisons}", Compared)
+            answers = self._receipts_of(replica, f"compared-{self._comparisons}", Compared)
             for answer in answers:
                 if answer.failure is not None:
                     differing[replica.name] = f"it cannot be told ({answer.failure.message})"
@@ -139,18 +139,14 @@ class AdapterFleet(Fleet):
             logger.info("%s; the base is sent once", text)
 
     def _begin(self, replica: Replica) -> None:
-        self._call(replica, RECEIVE, self._push, path=str(self._path))
+        self._call(replica, RECEIVE, number=self._push, path=str(self._path))
 
     def begin(self, version: int) -> None:
         self._path = AdapterPath.sent(version)
         super().begin(version)
 
-    def _call(self, replica: Replica, action: str, number: int, *, path: str = "", base: Digests | None = None) -> None:
-        call = AdapterCall(action=action, adapter=self.adapter.name, number=number, path=path, base=base or {})
-        replica.rollout.call(call.signed(self._token))
-
     def check(self) -> None:
-        """Whether the adapter is still for the base that the rollouts hold. They built it when they received it."""
+        """Whether the adapter is still for the base that the rollouts hold; the workers built it when staging."""
         for replica in self.replicas:
             if [staged.base_commits for staged in replica.staged] != self._base_commits.get(replica.name):
                 raise RolloutError(
@@ -164,16 +160,13 @@ class AdapterFleet(Fleet):
         Raises:
             TwinkleError: some do not. Those that do serve the new version; the error names another.
         """
-        reports: dict[int, ReplicaReport] = {}
+        return self._commit_each()
 
-        def load(replica: Replica) -> None:
-            began = time.perf_counter()
-            replica.rollout.load_adapter(self.adapter.name, str(self._path))
-            staged, seconds = replica.staged[0], time.perf_counter() - began
-            reports[id(replica)] = ReplicaReport(replica.name, self._version, staged.digest, staged.tensors, seconds)
-
-        self._each(load)
-        return [reports[id(replica)] for replica in self.replicas]
+    def _commit(self, replica: Replica) -> ReplicaReport:
+        began = time.perf_counter()
+        replica.rollout.load_adapter(self.adapter.name, str(self._path))
+        staged, seconds = replica.staged[0], time.perf_counter() - began
+        return ReplicaReport(replica.name, self._version, staged.digest, staged.tensors, seconds)
 
 
 def _lora(replica: Replica) -> LoRARuns:

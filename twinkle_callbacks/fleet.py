@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -105,7 +105,7 @@ class Fleet:
         except TwinkleError as error:
             raise type(error)(f"{error} ({self._who()}; its own log may say more)") from error
         for replica in self.replicas:
-            replica.joined = self.receipts_of(replica, "joined", Joined)
+            replica.joined = self._receipts_of(replica, "joined", Joined)
             self._take_over(replica)
         self._each(self._end_update)
         self._check_servers()
@@ -194,7 +194,7 @@ class Fleet:
     def collect_staged(self) -> str:
         """Waits until every worker holds the whole stream. Returns its digest."""
         for replica in self.replicas:
-            replica.staged = self.receipts_of(replica, f"staged-{self._push}", Staged)
+            replica.staged = self._receipts_of(replica, f"staged-{self._push}", Staged)
             _raise_failure(replica, replica.staged)
         return self.replicas[0].staged[0].digest
 
@@ -204,7 +204,7 @@ class Fleet:
 
     def _check(self, replica: Replica) -> None:
         replica.rollout.update({"action": CHECK, "push": self._push})
-        _raise_failure(replica, self.receipts_of(replica, f"checked-{self._push}", Checked))
+        _raise_failure(replica, self._receipts_of(replica, f"checked-{self._push}", Checked))
 
     def located(self, error: TwinkleError) -> SyncError:
         """An error of the data plane, which knows ranks only, with the rollouts behind them."""
@@ -226,13 +226,17 @@ class Fleet:
             TwinkleError: some did not commit. Those that did serve the new version; the error names another.
         """
         self._each(self._pause)
+        reports = self._commit_each()
+        self._each(self._resume)
+        return reports
+
+    def _commit_each(self) -> list[ReplicaReport]:
         reports: dict[int, ReplicaReport] = {}
 
         def commit(replica: Replica) -> None:
             reports[id(replica)] = self._commit(replica)
 
         self._each(commit)
-        self._each(self._resume)
         return [reports[id(replica)] for replica in self.replicas]
 
     def _pause(self, replica: Replica) -> None:
@@ -249,7 +253,7 @@ class Fleet:
             replica.may_serve = could_serve
             raise
         replica.in_update = False
-        committed = self.receipts_of(replica, f"committed-{self._push}", Committed)
+        committed = self._receipts_of(replica, f"committed-{self._push}", Committed)
         if any(worker.failure for worker in committed):
             replica.may_serve = all(worker.intact for worker in committed)
         _raise_failure(replica, committed)
@@ -292,13 +296,17 @@ class Fleet:
 
     def leave(self) -> None:
         """Lets the rollouts free their end of the engine, then disconnects."""
-        leave = AdapterCall(action=LEAVE, adapter=self._adapter_name)
-        for error in self._attempt_each(lambda replica: replica.rollout.call(leave.signed(self._token))).values():
+        for error in self._attempt_each(lambda replica: self._call(replica, LEAVE)).values():
             logger.info("%s keeps its end of the engine until the next trainer comes: %s", error.rollouts[0], error)
         self.disconnect()
 
+    def _call(self, replica: Replica, action: str, **fields: Any) -> None:
+        """Asks the workers of a rollout, which answer in a receipt if at all; `fields` are those of `AdapterCall`."""
+        replica.rollout.call(AdapterCall(action=action, adapter=self._adapter_name, **fields).signed(self._token))
+
     @property
     def _adapter_name(self) -> str:
+        """The adapter that is synced, empty for whole weights."""
         return ""
 
     def disconnect(self) -> None:
@@ -310,7 +318,7 @@ class Fleet:
             replica.rollout.close()
         self.replicas = []
 
-    def receipts_of(self, replica: Replica, topic: str, kind: type[T]) -> list[T]:
+    def _receipts_of(self, replica: Replica, topic: str, kind: type[T]) -> list[T]:
         """What each worker of a rollout answers on a topic; waits for all."""
         assert self.engine is not None
         try:

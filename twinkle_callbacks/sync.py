@@ -55,7 +55,6 @@ from twinkle_callbacks.worker.messages import Adapter
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 S = TypeVar("S", bound=WeightSource)
 
 

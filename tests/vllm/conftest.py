@@ -15,6 +15,7 @@ import pytest
 
 from recipes import arithmetic
 from tests.tiny_models import build
+from tests.vllm.adapters import Reference
 from twinkle_callbacks.cli.serve import serving
 
 SERVER_FLAGS = (
@@ -50,6 +51,14 @@ def lora_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = (*SERVER_FLAGS, *LORA_FLAGS)
     with serving(str(folder), vllm_args=flags, ready_timeout_s=300, log_path=folder / "server.log") as server:
         yield Server(server.url, folder)
+
+
+@pytest.fixture(scope="module")
+def reference(lora_server: Server) -> Iterator[Reference]:
+    """A vLLM beside `lora_server` that loads each adapter from its files."""
+    reference = Reference(lora_server.policy_dir)
+    yield reference
+    reference.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

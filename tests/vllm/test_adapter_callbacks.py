@@ -30,13 +30,6 @@ BATCHES = 3
 NAME = "callback"
 
 
-@pytest.fixture(scope="module")
-def reference(lora_server: Server) -> Iterator[Reference]:
-    reference = Reference(lora_server.policy_dir)
-    yield reference
-    reference.close()
-
-
 @pytest.fixture
 def settings(lora_server: Server) -> Iterator[dict[str, Any]]:
     yield {"rollouts": lora_server.url, "engine": "gloo", "merge_and_sync": False, "adapter_name": NAME}

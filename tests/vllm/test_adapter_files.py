@@ -18,13 +18,6 @@ from twinkle_callbacks.errors import AuthenticationError, RolloutError
 from twinkle_callbacks.rollouts import AdapterRegistry, ServedAdapter
 
 
-@pytest.fixture(scope="module")
-def reference(lora_server: Server) -> Iterator[Reference]:
-    reference = Reference(lora_server.policy_dir)
-    yield reference
-    reference.close()
-
-
 @pytest.fixture
 def registry(lora_server: Server) -> Iterator[AdapterRegistry]:
     with AdapterRegistry(lora_server.url) as registry:

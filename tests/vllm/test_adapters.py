@@ -27,13 +27,6 @@ from twinkle_callbacks.sync import _BaseSynchronizer
 SYNCS = 50
 
 
-@pytest.fixture(scope="module")
-def reference(lora_server: Server) -> Iterator[Reference]:
-    reference = Reference(lora_server.policy_dir)
-    yield reference
-    reference.close()
-
-
 @pytest.fixture(autouse=True)
 def no_adapters(lora_server: Server) -> Iterator[None]:
     """Every test begins without adapters; those that a failed one left are gone too."""

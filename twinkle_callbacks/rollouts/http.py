@@ -20,11 +20,8 @@ from twinkle_callbacks.errors import (
 from twinkle_callbacks.rollouts.base import Rollout
 
 # What vLLM puts around the error of a worker, on its way through the engine to the API server.
-_WORKER_ERROR = re.compile(
-    r"""(?:Call to \w+ method failed: )?"""
-    r"""(?:Worker failed with error (['"])(.*)\1, please check the stack trace.*|(.*))""",
-    re.DOTALL,
-)
+_CALL_FAILED = re.compile(r"Call to \w+ method failed: ")
+_WORKER_FAILED = re.compile(r"""Worker failed with error (['"])(.+)\1, please check the stack trace.*""", re.DOTALL)
 
 
 class HTTPRollout(Rollout):
@@ -190,5 +187,5 @@ def _reason(response: httpx.Response) -> str:
         return response.text[:500]
     error = answer.get("error") or answer.get("detail") or answer if isinstance(answer, dict) else answer
     text = str(error.get("message", error) if isinstance(error, dict) else error)[:2000]
-    worker = _WORKER_ERROR.fullmatch(text)
-    return text if worker is None else worker[2] or worker[3]
+    text = text[call.end() :] if (call := _CALL_FAILED.match(text)) else text
+    return worker[2] if (worker := _WORKER_FAILED.fullmatch(text)) else text

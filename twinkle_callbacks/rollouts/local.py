@@ -104,10 +104,7 @@ class LocalRollout(Rollout):
             logger.info("version %d of an adapter was not forgotten: %s", lora_id, error)
 
     def unload_adapter(self, name: str) -> None:
-        if name not in self._adapters:
-            raise RolloutError(
-                f"there is no adapter {name!r}; those that exist are {', '.join(self._adapters) or 'none'}"
-            )
+        self.lora_request(name)  # raises if there is none
         del self._adapters[name]
 
     def adapters(self) -> dict[str, str]:

@@ -45,8 +45,9 @@ class AdapterRegistry:
     """
 
     def __init__(self, rollout: str | Rollout, *, token: str | None = None, timeout_s: float = 300.0) -> None:
-        is_url = isinstance(rollout, str)
-        self._rollout: Rollout = HTTPRollout(rollout, token=token, timeout_s=timeout_s) if is_url else rollout  # type: ignore[assignment,arg-type]
+        if isinstance(rollout, str):
+            rollout = HTTPRollout(rollout, token=token, timeout_s=timeout_s)
+        self._rollout = rollout
 
     def list(self) -> list[ServedAdapter]:
         """All adapters, by name."""

@@ -32,7 +32,6 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from twinkle_callbacks import auth
-from twinkle_callbacks.buckets.digest import digests_of
 from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.errors import EngineError, TwinkleError
 from twinkle_callbacks.worker.adapter_links import AdapterLinks
@@ -174,7 +173,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _keep(self, stage: Stage) -> int:
         if self.vllm_config.lora_config is not None:
-            stage.digests = digests_of(stage.tensors.items())  # here, since nothing waits for this thread
+            stage.digest_each()  # here, since nothing waits for this thread
         return self._base.commits
 
     def _report_check(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from twinkle_callbacks.buckets.digest import Digests, StreamDigest, first_few
-from twinkle_callbacks.buckets.packing import as_bytes, copyable, memory
+from twinkle_callbacks.buckets.digest import Digests, StreamDigest, digests_of, first_few
+from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory
 from twinkle_callbacks.errors import DigestMismatchError
 
 
@@ -18,7 +18,7 @@ class Stage:
 
     def __init__(self, *, verify: bool) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.digests: Digests = {}  # of the tensors, where the server compares its base with that of adapters
+        self.digests: Digests = {}  # of the tensors, once they were wanted
         self._digest = StreamDigest() if verify else None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -28,6 +28,14 @@ class Stage:
         self.tensors[name] = staged
         if self._digest is not None:
             self._digest.add_tensors([name], [memory(as_bytes(staged))])
+
+    def digest_each(self) -> None:
+        """Fills `digests`, from what was computed for `verify` if it was."""
+        if self._digest is None:
+            self.digests = digests_of(self.tensors.items())
+            return
+        computed = zip(self.tensors.items(), self._digest.values, strict=True)
+        self.digests = {name: (dtype_name(tensor.dtype), f"{value:016x}") for (name, tensor), value in computed}
 
     def verify(self, sent_digests: bytes) -> str:
         """Compares the digest of every staged tensor with the sender's and returns that of the stream.
