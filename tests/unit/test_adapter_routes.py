@@ -115,6 +115,19 @@ def test_each_load_is_a_version_of_its_own_and_the_one_before_is_forgotten(serve
     run(scenario)
 
 
+def test_a_folder_that_comes_with_a_stamp_gets_one_of_the_servers_own(server: Server) -> None:
+    async def scenario() -> None:
+        given = str(AdapterPath.attached("/a"))
+        for _ in range(2):
+            assert (await server.load("math", given)).status_code == 200
+            assert server.known["math"].lora_path != given
+            path = AdapterPath.parse(server.known["math"].lora_path)
+            assert path is not None
+            assert path.folder == "/a"
+
+    run(scenario)
+
+
 def test_a_version_that_requests_still_hold_is_forgotten_after_the_last_of_them(server: Server) -> None:
     async def scenario() -> None:
         sent = str(AdapterPath.sent(1))
@@ -154,6 +167,8 @@ def test_a_version_that_vllm_refuses_leaves_the_one_before(server: Server) -> No
         ({"lora_name": 3, "lora_path": "/a"}, 400, "are strings"),
         ({"lora_name": "", "lora_path": "/a"}, 400, "not empty"),
         ({"lora_name": "x"}, 400, "lora_path is missing"),
+        ({"lora_name": "x", "lora_path": "org/repo"}, 400, "'org/repo' is no absolute path"),
+        ({"lora_name": "x", "lora_path": "twinkle:0011223344556677=org/repo"}, 400, "'org/repo' is no absolute path"),
         ({"lora_name": "base", "lora_path": "/a"}, 400, "name of the base model"),
         ({"lora_name": "one", "lora_path": "/a"}, 400, "set load_inplace to replace it"),
         ({"lora_name": "three", "lora_path": "/a"}, 409, r"all 2 adapter slots are taken (by one, two)"),

@@ -134,6 +134,16 @@ def test_a_workers_error_comes_without_what_vllm_puts_around_it(server: Server, 
     rollout.close()
 
 
+@pytest.mark.parametrize("text", ["Worker failed with error '', please check the stack trace above", "it broke"])
+def test_an_error_that_vllm_says_nothing_of_comes_as_it_is(server: Server, text: str) -> None:
+    server.answers["/init_weight_transfer_engine"] = (500, {"error": {"message": text}})
+    rollout = HTTPRollout(server.url, token=TOKEN)
+    with pytest.raises(RolloutError) as raised:
+        rollout.call({})
+    rollout.close()
+    assert str(raised.value).endswith(f"answered 500: {text}")
+
+
 def test_a_tenant_does_not_ask_for_the_configuration_which_is_closed_to_it(server: Server) -> None:
     rollout = HTTPRollout(server.url, token=auth.tenant_token(TOKEN, "math"))
     rollout.join({})

@@ -351,6 +351,16 @@ def test_removing_forgets_and_a_version_that_is_never_loaded_does_not_pile_up(
     assert len(served.store._waiting) == 0
 
 
+def test_a_version_is_loaded_under_the_name_that_it_was_sent_for_only(served: Served, adapters: list[Adapter]) -> None:
+    waiting = AdapterPath.sent(1)
+    served.store.put("policy", waiting, adapters[0].config, adapters[0].copies())
+    loaded = served.send(adapters[1], name="loaded")
+    for path in (waiting, loaded.lora_path):
+        with pytest.raises(Exception, match="not in this worker's memory"):
+            served.llm.llm_engine.add_lora(request("other", path))
+    assert served.llm.llm_engine.add_lora(request("policy", waiting))
+
+
 REFUSED = {
     "dora": r"DoRA; set merge_and_sync=True",
     "lora_bias": r"lora_bias.*; set merge_and_sync=True",

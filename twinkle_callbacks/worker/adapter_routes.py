@@ -83,7 +83,8 @@ class AdapterRoutes:
 
     async def _load(self, state: Any, request: _Request) -> str:
         models, client = state.openai_serving_models, state.engine_client
-        _refuse(models, request)
+        _refuse_name(models, request.name)
+        path = _path_of(request)
         async with models.lora_resolver_lock[request.name]:  # vLLM's own routes and resolvers take it too
             known = models.lora_requests
             max_loras = client.vllm_config.lora_config.max_loras
@@ -97,11 +98,6 @@ class AdapterRoutes:
                     f"all {max_loras} adapter slots are taken (by {', '.join(sorted(known))}); start the server with "
                     f"--max-loras {len(known) + 1}, or detach one",
                 )
-            path = AdapterPath.parse(request.path)
-            if (
-                path is None or path.folder is not None
-            ):  # a folder is stamped here, or two of its states could share one
-                path = AdapterPath.attached(request.path if path is None else path.folder or "")
             version = self._new_version(models, client, request, path)
             try:
                 await client.add_lora(version)
@@ -191,15 +187,27 @@ def _refuse_server(state: Any) -> None:
         )
 
 
-def _refuse(models: Any, request: _Request) -> None:
-    if not request.path:
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"adapter {request.name!r}: lora_path is missing")
-    if AdapterPath.parse(request.path) is None and not request.path.startswith("/"):
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"lora_path {request.path!r} is no absolute path on this server")
-    if models.is_base_model(request.name):
+def _refuse_name(models: Any, name: str) -> None:
+    if models.is_base_model(name):
         raise _RefusedError(
-            HTTPStatus.BAD_REQUEST, f"{request.name!r} is the name of the base model; choose another adapter_name"
+            HTTPStatus.BAD_REQUEST, f"{name!r} is the name of the base model; choose another adapter_name"
         )
+
+
+def _path_of(request: _Request) -> AdapterPath:
+    """The path of the version to load. A folder is stamped here, or two states of it could share a stamp."""
+    path = AdapterPath.parse(request.path)
+    if path is None:
+        folder = request.path
+    elif path.folder is None:
+        return path
+    else:
+        folder = path.folder
+    if not folder:
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"adapter {request.name!r}: lora_path is missing")
+    if not folder.startswith("/"):  # vLLM would look for it on a hub, in the middle of serving
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"lora_path {folder!r} is no absolute path on this server")
+    return AdapterPath.attached(folder)
 
 
 def _requests_of(client: Any, name: str) -> int:
