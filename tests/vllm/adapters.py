@@ -10,7 +10,7 @@ import peft
 import torch
 
 from tests.tiny_models import build
-from tests.vllm.engines import Answers, answers, make_llm, release
+from tests.vllm.engines import Answers, answers, make_llm
 
 RANK = 8
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
@@ -43,11 +43,6 @@ class Reference:
     def __init__(self, base: Path) -> None:
         self._llm = make_llm(base, synced=False, enable_lora=True, max_lora_rank=RANK, max_model_len=128)
         self._ids = itertools.count(1)
-
-    def close(self) -> None:
-        """Ends all engines made so far; pytest holds a fixture's value until its teardown is over."""
-        del self._llm
-        release()
 
     def base(self) -> Answers:
         return answers(self._llm, PROMPTS)

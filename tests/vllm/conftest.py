@@ -16,6 +16,7 @@ import pytest
 from recipes import arithmetic
 from tests.tiny_models import build
 from tests.vllm.adapters import Reference
+from tests.vllm.engines import release
 from twinkle_callbacks.cli.serve import serving
 
 SERVER_FLAGS = (
@@ -56,9 +57,8 @@ def lora_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def reference(lora_server: Server) -> Iterator[Reference]:
     """A vLLM beside `lora_server` that loads each adapter from its files."""
-    reference = Reference(lora_server.policy_dir)
-    yield reference
-    reference.close()
+    yield Reference(lora_server.policy_dir)
+    release()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
