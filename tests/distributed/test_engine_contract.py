@@ -16,6 +16,7 @@ from tests.distributed.launch import run_ranks
 # One line makes an engine a party to the contract.
 ENGINES = [
     EngineCase("gloo"),
+    EngineCase("shm"),
 ]
 FILES = [engine_transfers, engine_failures, engine_handshake, engine_reuse]
 LIMIT_S = 240.0

@@ -54,7 +54,7 @@ def test_block_of_another_program_is_refused() -> None:
 
 
 def test_block_of_another_version_is_refused_and_both_versions_are_named() -> None:
-    with pytest.raises(ProtocolError, match=r"protocol 99, this side 1.*same version"):
+    with pytest.raises(ProtocolError, match=r"protocol 99, this side 2.*same version"):
         Control.unpack(GOOD[:4] + b"\x63" + GOOD[5:], 7)
 
 
@@ -64,7 +64,7 @@ def test_frame_out_of_order_is_refused_and_both_numbers_are_named(expected: int)
         Control.unpack(GOOD, expected)
 
 
-@pytest.mark.parametrize("kind", [0, 5, 255])
+@pytest.mark.parametrize("kind", [0, 6, 255])
 def test_unknown_kind_of_frame_is_a_protocol_error(kind: int) -> None:
     with pytest.raises(ProtocolError, match=str(kind)):
         Control.unpack(GOOD[:5] + bytes([kind]) + GOOD[6:], 7)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.unit.engine_loopback import LoopbackBackend, messages
 from tests.unit.engine_streams import picture, random_tensor
 from twinkle_callbacks import errors
-from twinkle_callbacks.buckets.frames import CONTROL_BYTES, Control, Cut, End, Entry, Failure, Kind, encode, layout_hash
+from twinkle_callbacks.buckets.frames import CONTROL_BYTES, Control, End, Entry, Failure, Kind, encode, layout_hash
 from twinkle_callbacks.engines.receiver import FrameReceiver
 from twinkle_callbacks.engines.sender import FrameSender
 
@@ -159,7 +159,8 @@ def test_connection_that_ends_early_is_an_error_and_no_short_stream() -> None:
         [Control(Kind.END, 0, 0, 0).pack()],
         [Control(Kind.ERROR, 0, 0, 0).pack()],
         [Control(Kind.BUCKET, 0, 1 << 60, 0).pack()],
-        [Control(Kind.CUT, 0, 1, 0).pack(), b"\x01"],
+        [Control(Kind.CLOSE, 0, 0, 0, entries=1).pack()],
+        [Control(Kind.BUCKET, 0, 0, 0, side=2).pack()],
         [Control(Kind.BUCKET, 0, 1, 1 << 60, layout_hash(encode([]))).pack(), encode([])],
     ],
     ids=[
@@ -184,7 +185,8 @@ def test_connection_that_ends_early_is_an_error_and_no_short_stream() -> None:
         "end without a header",
         "error without a header",
         "absurd header size",
-        "cut of nothing",
+        "close of nothing",
+        "unknown buffer",
         "absurd payload size",
     ],
 )
@@ -194,12 +196,23 @@ def test_impossible_frame_is_a_protocol_error(frame: Frame, verify: bool) -> Non
         played([frame], verify=verify)
 
 
-@pytest.mark.parametrize("entries", [-1, 0, 2, 3])
-def test_impossible_cut_is_a_protocol_error(entries: int) -> None:
-    frame = bucket_frame([Entry(n, "float32", (4,), o, 0, 16) for n, o in (("a", 0), ("b", 512))], bytes(528))
-    header = encode(Cut(entries))
-    with pytest.raises(errors.ProtocolError, match=f"2 entries is cut to {entries}"):
-        played([frame, [Control(Kind.CUT, 1, len(header), 0).pack(), header]])
+def promised(closing: Control) -> list[Any]:
+    entries = [Entry(n, "float32", (4,), o, 0, 16) for n, o in (("a", 0), ("b", 512))]
+    header = encode(entries)
+    control = Control(Kind.PROMISE, 0, len(header), 528, layout_hash(header))
+    return played([[control.pack(), header, bytes(528)], [closing.pack()]], verify=False)
+
+
+@pytest.mark.parametrize("entries", [3, 1 << 31])
+def test_close_of_more_tensors_than_were_promised_is_a_protocol_error(entries: int) -> None:
+    with pytest.raises(errors.ProtocolError, match=f"2 entries is closed by a CLOSE frame of {entries}"):
+        promised(Control(Kind.CLOSE, 1, 0, 0, entries=entries))
+
+
+@pytest.mark.parametrize("kind", [Kind.BUCKET, Kind.PROMISE, Kind.END])
+def test_promised_bucket_that_is_not_closed_is_a_protocol_error(kind: Kind) -> None:
+    with pytest.raises(errors.ProtocolError, match=f"2 entries is closed by a {kind.name} frame"):
+        promised(Control(kind, 1, 0, 0))
 
 
 def test_gap_between_the_chunks_of_a_tensor_is_a_protocol_error() -> None:

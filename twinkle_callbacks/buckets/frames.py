@@ -2,10 +2,11 @@
 
     frame = control block (64 bytes) + header (msgpack, `header_bytes`) + payload (`payload_bytes`)
 
-A BUCKET frame describes the tensors in its payload; a layout that was sent before travels as its hash alone, ahead of
-the payload. A CUT frame takes back the last tensors of the bucket before it, where the stream went on otherwise than
-announced. An END frame carries the digests; an ERROR frame the sender's error. Lengths come first, so only used bytes
-are sent; a payload goes in pieces of at most `PIECE_BYTES`, so that several are on their way at a time.
+A BUCKET frame describes the tensors in its payload; a layout that was sent before travels as its hash alone. A PROMISE
+is a bucket that is announced before it is filled; the CLOSE frame after its payload says how many of its tensors count,
+fewer than announced where the stream went on otherwise. An END frame carries the digests; an ERROR frame the sender's
+error. Lengths come first, so only used bytes are sent; a payload goes in pieces of at most `PIECE_BYTES`, so that
+several are on their way at a time.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import xxhash
 
 from twinkle_callbacks.errors import ProtocolError, text_of
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CONTROL_BYTES = 64
 PIECE_BYTES = 32 << 20
 MAX_HEADER_BYTES = 64 << 20  # some 700,000 tensors in one bucket
 _MAGIC = b"TWKL"
-_CONTROL = struct.Struct("<4sBB2xIQQ16s20x")
+_CONTROL = struct.Struct("<4sBBBxIQQ16sI16x")
 T = TypeVar("T")
 
 
@@ -34,7 +35,8 @@ class Kind(enum.IntEnum):
     BUCKET = 1
     END = 2
     ERROR = 3
-    CUT = 4
+    PROMISE = 4
+    CLOSE = 5
 
 
 _KINDS = frozenset(Kind)
@@ -66,12 +68,6 @@ class End(msgspec.Struct, frozen=True):
     digest: str
 
 
-class Cut(msgspec.Struct, frozen=True):
-    """Header of a CUT frame: how many entries of the bucket before it count."""
-
-    entries: int
-
-
 class Failure(msgspec.Struct, frozen=True):
     """An error as it travels: the name of its type and its text."""
 
@@ -84,23 +80,37 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Control(msgspec.Struct, frozen=True):
-    """The fixed-size block before each frame. `header_bytes` is 0 when the receiver knows `layout` already."""
+    """The fixed-size block before each frame.
+
+    Attributes:
+        kind: what the frame is.
+        sequence: number of the frame since the engine was set up.
+        header_bytes: 0 when the receiver knows `layout` already.
+        payload_bytes: of a bucket.
+        layout: hash of a bucket's header.
+        entries: of a CLOSE frame: how many tensors of the bucket count.
+        side: which of the sender's two buffers holds the bucket, for receivers that see them.
+    """
 
     kind: Kind
     sequence: int
     header_bytes: int
     payload_bytes: int
     layout: bytes = b"\0" * 16
+    entries: int = 0
+    side: int = 0
 
     def pack(self) -> bytes:
         return _CONTROL.pack(
             _MAGIC,
             PROTOCOL_VERSION,
             self.kind,
+            self.side,
             self.sequence & 0xFFFFFFFF,
             self.header_bytes,
             self.payload_bytes,
             self.layout,
+            self.entries,
         )
 
     @classmethod
@@ -110,7 +120,7 @@ class Control(msgspec.Struct, frozen=True):
         Raises:
             ProtocolError: not a frame of this protocol and version, or not the frame that comes next.
         """
-        magic, version, kind, sequence, header_bytes, payload_bytes, layout = _CONTROL.unpack(block)
+        magic, version, kind, side, sequence, header_bytes, payload_bytes, layout, entries = _CONTROL.unpack(block)
         if magic != _MAGIC:
             raise ProtocolError(f"received {magic!r} where a frame must begin; the sender is not twinkle_callbacks")
         if version != PROTOCOL_VERSION:
@@ -122,7 +132,9 @@ class Control(msgspec.Struct, frozen=True):
             raise ProtocolError(f"received frame {sequence} where frame {expected_sequence} comes next")
         if kind not in _KINDS:
             raise ProtocolError(f"received a frame of kind {kind}, which does not exist")
-        return cls(Kind(kind), sequence, header_bytes, payload_bytes, layout)
+        if side > 1:
+            raise ProtocolError(f"received a frame of buffer {side}, and there are two")
+        return cls(Kind(kind), sequence, header_bytes, payload_bytes, layout, entries, side)
 
 
 def pieces(payload_bytes: int) -> list[tuple[int, int]]:

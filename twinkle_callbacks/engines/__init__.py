@@ -14,14 +14,19 @@ from twinkle_callbacks.errors import ConfigError
 if TYPE_CHECKING:
     from twinkle_callbacks.engines.base import CheckpointEngine
     from twinkle_callbacks.engines.gloo import GlooCheckpointEngine
+    from twinkle_callbacks.engines.shm import SharedMemoryCheckpointEngine
 
-__all__ = ["CheckpointEngine", "GlooCheckpointEngine", "get_engine"]
+__all__ = ["CheckpointEngine", "GlooCheckpointEngine", "SharedMemoryCheckpointEngine", "get_engine"]
 
 ENTRY_POINT_GROUP = "twinkle_callbacks.engines"
-BUILTIN = {"gloo": "twinkle_callbacks.engines.gloo:GlooCheckpointEngine"}
+BUILTIN = {
+    "gloo": "twinkle_callbacks.engines.gloo:GlooCheckpointEngine",
+    "shm": "twinkle_callbacks.engines.shm:SharedMemoryCheckpointEngine",
+}
 _EXPORTS = {
     "CheckpointEngine": "twinkle_callbacks.engines.base",
     "GlooCheckpointEngine": "twinkle_callbacks.engines.gloo",
+    "SharedMemoryCheckpointEngine": "twinkle_callbacks.engines.shm",
 }
 
 

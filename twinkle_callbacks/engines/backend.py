@@ -38,6 +38,24 @@ class CollectiveBackend(ABC):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Returns a flat uint8 buffer that `broadcast` takes, on the backend's device."""
 
+    def shared_buckets(self, nbytes: int) -> list[torch.Tensor] | None:
+        """The master's two buckets, if receivers see its memory: on the master made anew, elsewhere mapped.
+
+        All ranks call it, before the first frame. `broadcast` of a slice of one of them copies nothing: it tells the
+        receivers that the slice is filled. None where each rank has buckets of its own.
+        """
+        return None
+
+    def release(self, side: int) -> None:
+        """On a receiver: lets the master fill this shared bucket again."""
+
+    def reclaim(self, side: int) -> None:
+        """On the master: waits until every receiver has released this shared bucket.
+
+        Raises:
+            DeadlineError, EngineError: one did not, or is gone.
+        """
+
     @abstractmethod
     def broadcast(self, buffer: torch.Tensor) -> Pending:
         """Starts sending `buffer` from rank 0 into the same slice on every other rank; `buffer` stays in use."""

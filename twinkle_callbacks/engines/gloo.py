@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,10 +62,14 @@ class GlooBackend(CollectiveBackend):
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def broadcast(self, buffer: torch.Tensor) -> Pending:
+        return self.start(lambda group: group.broadcast(buffer, 0), f"a broadcast of {buffer.numel()} bytes")
+
+    def start(self, call: Callable[[Any], Any], what: str) -> Pending:
+        """Starts a call of the process group."""
         try:
-            work = _GlooWork(self._group.broadcast(buffer, 0), self._timeout_s)
+            work = _GlooWork(call(self._group), self._timeout_s)
         except RuntimeError as error:
-            raise EngineError(f"Gloo refused a broadcast of {buffer.numel()} bytes: {error}") from error
+            raise EngineError(f"Gloo refused {what}: {error}") from error
         self._works = [*(each for each in self._works if each.work is not None), work]
         return work
 

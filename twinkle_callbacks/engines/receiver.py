@@ -1,7 +1,7 @@
 """Receivers' end of the wire: reads frames into two buckets in turn and hands out views into them.
 
 A tensor that came whole is not copied at all; those that come in chunks are put together in a further buffer, as large
-as the largest of them. Views of a layout that comes again are kept, until a stream ends that did not use it. Runs on
+as the largest of them. Where the backend shares the sender's buckets, they are the two. Views of a layout that comes again are kept, until a stream ends that did not use it. Runs on
 the engine's thread; digests are computed on one more, while the next bucket comes in.
 """
 
@@ -19,7 +19,6 @@ from twinkle_callbacks.buckets.frames import (
     CONTROL_BYTES,
     MAX_HEADER_BYTES,
     Control,
-    Cut,
     End,
     Entry,
     Failure,
@@ -65,13 +64,14 @@ class FrameReceiver:
         self._backend = backend
         self._bucket_bytes = bucket_bytes
         self._verify = verify
-        self._buffers = [backend.allocate(0), backend.allocate(0)]
+        self._shared = backend.shared_buckets(bucket_bytes)
+        self._buffers = self._shared or [backend.allocate(0), backend.allocate(0)]
+        self._handed_out: list[int | None] = []  # by the last two buckets: the buffer that their tensors are in
         self._joined = backend.allocate(0)
         self._layouts: dict[bytes, _Layout] = {}
         self._views: list[dict[bytes, _Views]] = [{}, {}]
         self._sequence = 0
         self._side = 0
-        self._upcoming: tuple[Control, bytes] | None = None
         self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if verify else None
         self._digesting: tuple[list[Future[None]], ...] = ([], [], [])  # of either buffer, and of chunked tensors
         self._start_stream()
@@ -97,26 +97,38 @@ class FrameReceiver:
         one of them is in the buffer for tensors that come in chunks.
         """
         if self.end is not None:
+            self._take_back(0)
             self._start_stream()
-        control, header = self._upcoming or self._receive_control()
-        self._upcoming = None
+        self._take_back(1)
+        control, header = self._receive_control()
         if control.kind is Kind.ERROR:
             failure = decode(header, Failure)
             raise from_wire(failure.type, f"the sender failed in the middle of the stream: {failure.message}")
         if control.kind is Kind.END:
             self._finish(decode(header, End))
             return None
-        if control.kind is Kind.CUT:
-            raise ProtocolError("a CUT frame came without a bucket before it")
+        if control.kind is Kind.CLOSE:
+            raise ProtocolError("a CLOSE frame came without a bucket before it")
         layout = self._layout(control, header)
         self.may_read_ahead = True
-        if len(layout.entries) == 1 and not _is_whole(layout.entries[0]):
-            tensors = self._receive_chunk(layout)
+        if self._shared is None and len(layout.entries) == 1 and not _is_whole(layout.entries[0]):
+            tensors = self._receive_chunk(layout, control.kind)
+            self._handed_out.append(None)
         else:
-            tensors = self._receive_bucket(layout, control.layout)
+            side = 1 - self._side if self._shared is None else control.side
+            tensors = self._receive_bucket(side, layout, control)
+            self._handed_out.append(side)
         self._payload_bytes += layout.payload_bytes
         self._tensors += len(tensors)
         return tensors
+
+    def _take_back(self, keep: int) -> None:
+        """Lets the sender fill buffers again, but for those of the last `keep` buckets."""
+        while len(self._handed_out) > keep:
+            side = self._handed_out.pop(0)
+            if side is not None:
+                self._wait_digests(self._digesting[side])
+                self._backend.release(side)
 
     def _receive_control(self) -> tuple[Control, bytes]:
         return self._read_control(self._receive(CONTROL_BYTES))
@@ -130,29 +142,33 @@ class FrameReceiver:
             )
         return control, bytes(self._receive(control.header_bytes).numpy()) if control.header_bytes else b""
 
-    def _receive_payload(self, place: torch.Tensor, layout: _Layout, arrived: Callable[[int], None]) -> list[Entry]:
-        """Receives a payload and the control block after it. Returns the entries that count.
+    def _receive_payload(
+        self, place: torch.Tensor, layout: _Layout, kind: Kind, arrived: Callable[[int], None]
+    ) -> list[Entry]:
+        """Receives a payload, and the CLOSE frame after it if it was promised. Returns the entries that count.
 
         Args:
             place: where the payload goes.
             layout: its layout.
+            kind: of its frame.
             arrived: called with the number of bytes that are there, after each piece.
         """
         under_way = [(end, self._backend.broadcast(place[begin:end])) for begin, end in pieces(layout.payload_bytes)]
         block = self._backend.allocate(CONTROL_BYTES)
-        following = self._backend.broadcast(block)
+        closing = self._backend.broadcast(block) if kind is Kind.PROMISE else None
         for end, piece in under_way:
             piece.wait()
             arrived(end)
-        following.wait()
-        control, header = self._upcoming = self._read_control(block)
-        if control.kind is not Kind.CUT:
+        if closing is None:
             return layout.entries
-        self._upcoming = None
-        cut = decode(header, Cut)
-        if not 0 < cut.entries < len(layout.entries):
-            raise ProtocolError(f"a bucket of {len(layout.entries)} entries is cut to {cut.entries}")
-        return layout.entries[: cut.entries]
+        closing.wait()
+        control, _ = self._read_control(block)
+        if control.kind is not Kind.CLOSE or control.entries > len(layout.entries):
+            raise ProtocolError(
+                f"a promised bucket of {len(layout.entries)} entries is closed by a {control.kind.name} frame of "
+                f"{control.entries}"
+            )
+        return layout.entries[: control.entries]
 
     def _layout(self, control: Control, header: bytes) -> _Layout:
         if header:
@@ -184,8 +200,8 @@ class FrameReceiver:
             raise ProtocolError("a bucket holds chunks of more than one tensor")
         return layout
 
-    def _receive_bucket(self, layout: _Layout, key: bytes) -> NamedTensors:
-        self._side = side = 1 - self._side
+    def _receive_bucket(self, side: int, layout: _Layout, control: Control) -> NamedTensors:
+        self._side, key = side, control.layout
         self._wait_digests(self._digesting[side])  # of the bucket that was in this buffer before
         if layout.payload_bytes > self._buffers[side].numel():
             self._views[side].clear()
@@ -194,11 +210,11 @@ class FrameReceiver:
         if views is None and all(_is_whole(entry) for entry in layout.entries):
             views = self._views[side][key] = self._view_all(self._buffers[side], layout.entries)
         if views is None:
-            entries = self._receive_payload(self._buffers[side], layout, lambda _: None)
+            entries = self._receive_payload(self._buffers[side], layout, control.kind, lambda _: None)
             return [item for entry in entries for item in self._unpack(side, entry)]
-        return self._receive_views(side, layout, views)
+        return self._receive_views(side, layout, control.kind, views)
 
-    def _receive_views(self, side: int, layout: _Layout, views: _Views) -> NamedTensors:
+    def _receive_views(self, side: int, layout: _Layout, kind: Kind, views: _Views) -> NamedTensors:
         """A bucket of whole tensors; their digests are computed as they arrive."""
         digested = 0
 
@@ -211,7 +227,7 @@ class FrameReceiver:
             self._digest(side, self.digest.add_tensors, names, views.data[first:digested])
 
         digest(0)  # of a bucket of empty tensors, which has no pieces
-        counting = len(self._receive_payload(self._buffers[side], layout, digest))
+        counting = len(self._receive_payload(self._buffers[side], layout, kind, digest))
         if counting < digested:
             self._digest(side, self.digest.drop_last, digested - counting)
         return views.tensors[:counting]
@@ -231,14 +247,14 @@ class FrameReceiver:
         place.copy_(source)
         return self._complete(entry, place)
 
-    def _receive_chunk(self, layout: _Layout) -> NamedTensors:
+    def _receive_chunk(self, layout: _Layout, kind: Kind) -> NamedTensors:
         """A bucket that is one chunk goes straight to its place in the tensor."""
         [entry] = layout.entries
         if entry.nbytes != layout.payload_bytes:
             raise ProtocolError(f"{entry} is alone in a bucket of {layout.payload_bytes} bytes")
         place = self._place_of(entry)
-        self._receive_payload(place, layout, lambda _: None)
-        return self._complete(entry, place)
+        counts = self._receive_payload(place, layout, kind, lambda _: None)
+        return self._complete(entry, place) if counts else []
 
     def _place_of(self, entry: Entry) -> torch.Tensor:
         if entry.start == 0 and self._joining is None:

@@ -18,7 +18,6 @@ from twinkle_callbacks.buckets.digest import StreamDigest
 from twinkle_callbacks.buckets.frames import (
     MAX_HEADER_BYTES,
     Control,
-    Cut,
     End,
     Entry,
     Failure,
@@ -82,7 +81,8 @@ class FrameSender:
         self._bucket_bytes = bucket_bytes
         self._verify = verify
         self._planner = BucketPlanner(bucket_bytes)
-        self._buffers = [backend.allocate(bucket_bytes) for _ in range(2)]
+        self._buffers = backend.shared_buckets(bucket_bytes) or [backend.allocate(bucket_bytes) for _ in range(2)]
+        self._lent = [False, False]  # buckets that receivers may be looking at
         self._on_the_wire: list[list[tuple[Pending, torch.Tensor]]] = [[], []]
         self._plan: list[_Step] = []
         self._outlines: dict[int, _Outline] = {}
@@ -196,10 +196,13 @@ class FrameSender:
         if self._bucket.entries:
             return
         self._wait(self._bucket.side)
+        if self._lent[self._bucket.side]:
+            self._backend.reclaim(self._bucket.side)
+            self._lent[self._bucket.side] = False
         outline = self._bucket.announced = self._outlines.get(self._bucket.number)
         if outline is not None:
             self._used_layouts.add(outline.layout)
-            self._start_frame(Kind.BUCKET, b"", outline.payload_bytes, outline.layout)
+            self._start_bucket(Kind.PROMISE, b"", outline.payload_bytes, outline.layout)
 
     def _add(self, entry: Entry) -> None:
         self._bucket.entries.append(entry)
@@ -219,11 +222,11 @@ class FrameSender:
         self._bucket = _Bucket(following)
 
     def _keep_promise(self, bucket: _Bucket, promised: _Outline) -> None:
-        """Completes an announced payload; if the stream went on otherwise, with leftovers that are then taken back."""
+        """Completes an announced payload; if the stream went on otherwise, with leftovers that do not count."""
         self._start_pieces(bucket, promised.payload_bytes, promised.payload_bytes)
         if len(bucket.entries) != promised.entries:
             del self._outlines[bucket.number]
-            self._start_frame(Kind.CUT, encode(Cut(len(bucket.entries))))
+        self._start_frame(Control(Kind.CLOSE, self._sequence, 0, 0, entries=len(bucket.entries)))
 
     def _start_pieces(self, bucket: _Bucket, payload_bytes: int, filled_bytes: int) -> None:
         """Puts those pieces of the payload on the wire that are filled."""
@@ -247,7 +250,7 @@ class FrameSender:
         self._outlines[bucket.number] = _Outline(layout, bucket.used, len(bucket.entries))
         known = layout in self._known_layouts or layout in self._used_layouts
         self._used_layouts.add(layout)
-        self._start_frame(Kind.BUCKET, b"" if known else header, bucket.used, layout)
+        self._start_bucket(Kind.BUCKET, b"" if known else header, bucket.used, layout)
 
     def _digest_steps(self, bucket: _Bucket) -> None:
         if self._verify:
@@ -262,11 +265,15 @@ class FrameSender:
         self._send_frame(Kind.ERROR, encode(Failure.of(error)))
 
     def _send_frame(self, kind: Kind, header: bytes) -> None:
-        self._start_frame(kind, header)
+        self._start_frame(Control(kind, self._sequence, len(header), 0), header)
         self._drain()
 
-    def _start_frame(self, kind: Kind, header: bytes, payload_bytes: int = 0, layout: bytes = b"\0" * 16) -> None:
-        control = Control(kind, self._sequence, len(header), payload_bytes, layout)
+    def _start_bucket(self, kind: Kind, header: bytes, payload_bytes: int, layout: bytes) -> None:
+        side = self._bucket.side
+        self._start_frame(Control(kind, self._sequence, len(header), payload_bytes, layout, side=side), header)
+        self._lent[side] = True
+
+    def _start_frame(self, control: Control, header: bytes = b"") -> None:
         self._sequence += 1
         for data in (control.pack(), header):
             if data:

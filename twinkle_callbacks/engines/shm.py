@@ -1,0 +1,80 @@
+"""Shared memory: trainer and rollouts on one host, CPU tensors, no copy through a socket.
+
+The master packs into two files in memory, which receivers map and read in place. Each byte is copied once before a
+receiver sees it. A file's name is gone as soon as all have mapped it, so that nothing is left behind by a process that
+is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from twinkle_callbacks.engines.backend import CollectiveBackend
+from twinkle_callbacks.engines.collective import CollectiveCheckpointEngine
+from twinkle_callbacks.engines.mapped import MappedBackend
+from twinkle_callbacks.errors import EngineError
+
+FOLDER = Path("/dev/shm")  # noqa: S108  # POSIX shared memory; names are random, and files are the user's own
+
+
+class SharedMemoryBackend(MappedBackend):
+    """Buckets are files in `/dev/shm`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: list[Path] = []
+
+    def create(self, nbytes: int) -> tuple[torch.Tensor, bytes]:
+        path = FOLDER / f"twinkle-{secrets.token_hex(16)}"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            self._files.append(path)
+            try:
+                os.posix_fallocate(handle, 0, nbytes)  # or a full folder would kill this process when it writes
+            finally:
+                os.close(handle)
+        except OSError as error:
+            self.all_mapped()
+            raise EngineError(
+                f"no shared memory for a bucket of {nbytes >> 20} MiB in {FOLDER} ({error.strerror}): make "
+                f"bucket_size_mb smaller, give the container more (docker run --shm-size), or use engine='gloo'"
+            ) from error
+        return _mapped(path, nbytes), str(path).encode()
+
+    def map(self, ticket: bytes, nbytes: int) -> torch.Tensor:
+        path = Path(ticket.decode())
+        try:
+            if path.stat().st_size != nbytes:
+                raise EngineError(f"the master's bucket {path} has another size than this side's bucket_size={nbytes}")
+            return _mapped(path, nbytes)
+        except (OSError, RuntimeError) as error:
+            raise EngineError(
+                f"cannot see the master's bucket {path} ({error}): engine='shm' needs the trainer and the rollouts on "
+                f"one host, as the same user, and with the same {FOLDER} (containers: --ipc=host); else use "
+                f"engine='gloo'"
+            ) from error
+
+    def all_mapped(self) -> None:
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        self._files = []
+
+    def close(self) -> None:
+        self.all_mapped()
+        super().close()
+
+
+class SharedMemoryCheckpointEngine(CollectiveCheckpointEngine):
+    """Shares packed buckets with rollouts on the same host. Tensors on other devices are copied to the CPU first."""
+
+    name: ClassVar[str] = "shm"
+    backend_cls: ClassVar[type[CollectiveBackend]] = SharedMemoryBackend
+
+
+def _mapped(path: Path, nbytes: int) -> torch.Tensor:
+    return torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
