@@ -115,6 +115,17 @@ def test_recording_leaves_the_values_of_the_commit() -> None:
     assert values(model) == expected
 
 
+@pytest.mark.parametrize("recorded_in", [True, False])
+def test_inference_mode_makes_no_difference(recorded_in: bool) -> None:
+    """Some operators arrive there in larger pieces, and tensors made there cannot be written to elsewhere."""
+    model, tensors = Toy(), weights(1)
+    with torch.inference_mode(recorded_in):
+        copies = record(model, weights(0))
+    with torch.inference_mode(not recorded_in):
+        copies.replay(tensors)
+    assert values(model) == loaded(Toy(), tensors)
+
+
 def test_padding_that_was_lost_is_filled_again() -> None:
     """As after vLLM's sleep of level 2, which drops the memory of all weights."""
     model = Toy()
@@ -493,6 +504,7 @@ def test_attention_that_derives_something_is_not_recorded() -> None:
     assert "MLAAttention may derive" in obstacle_in_layers(mla)
     assert "Attention may derive" in obstacle_in_layers(attention(kv_cache_dtype="fp8"))
     assert "FlashInferImpl may" in obstacle_in_layers(attention(processing("FlashInferImpl", sinks=torch.zeros(1))))
+    assert "FlashInferImpl may" in obstacle_in_layers(attention(processing("FlashInferImpl")))  # without the attribute
     assert "OtherImpl may derive" in obstacle_in_layers(attention(processing("OtherImpl")))
 
 

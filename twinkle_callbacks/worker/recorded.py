@@ -29,15 +29,16 @@ from twinkle_callbacks.errors import EngineError
 Tensors = Mapping[str, torch.Tensor]
 Digest = Callable[[torch.Tensor], int]
 
-# Classes of vLLM (0.26 to 0.32) whose `process_weights_after_loading` makes nothing out of weights on CUDA, and when.
+# Classes of vLLM (0.26 to 0.32) whose `process_weights_after_loading` makes nothing out of weights on CUDA, and when:
+# not where it sets the scales of a quantized cache.
 _PASSIVE: dict[str, Callable[[Any], bool]] = {
     "QuantizeMethodBase": lambda method: True,
     "UnquantizedLinearMethod": lambda method: True,
     "UnquantizedEmbeddingMethod": lambda method: True,
-    "Attention": lambda layer: layer.kv_cache_dtype in ("auto", "float16", "bfloat16", "float32"),  # else sets scales
+    "Attention": lambda layer: getattr(layer, "kv_cache_dtype", "") in ("auto", "float16", "bfloat16", "float32"),
     "AttentionImpl": lambda implementation: True,
     "AttentionImplBase": lambda implementation: True,
-    "FlashInferImpl": lambda implementation: implementation.sinks is None,  # else converts them
+    "FlashInferImpl": lambda implementation: getattr(implementation, "sinks", "unknown") is None,  # else converts them
     "MMEncoderAttention": lambda layer: not getattr(layer, "fp8_enabled", True),
 }
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -82,7 +83,7 @@ def obstacle(model: Any) -> str:
 
 
 def obstacle_in_layers(model: Any) -> str:
-    """The part of `obstacle` that asks the model alone."""
+    """The part of `obstacle` that the model alone tells."""
     if getattr(model, "lora_manager", None) is not None:
         return "the model runs with LoRA"
     for name, module in model.named_modules():
@@ -95,10 +96,8 @@ def obstacle_in_layers(model: Any) -> str:
 
 def _processing_class(processed: Any) -> str:
     """Name of the class that defines `process_weights_after_loading` for this object; empty if none does."""
-    for owner in type(processed).__mro__:
-        if "process_weights_after_loading" in vars(owner):
-            return owner.__name__
-    return ""
+    owners = (c.__name__ for c in type(processed).__mro__ if "process_weights_after_loading" in vars(c))
+    return next(owners, "")
 
 
 def host_digest(tensor: torch.Tensor) -> int:
@@ -160,8 +159,7 @@ class RecordedCopies:
     def replay(self, tensors: Tensors) -> None:
         """Writes tensors that fit, and waits until they are there.
 
-        Views of the sources are not kept: they would hold the staged copy's memory, and making one takes the host less
-        time than the device needs for the copy before it.
+        No view of a source is kept: it would hold the staged copy's memory, and is made while the device copies.
         """
         with torch.no_grad():
             for write in self._writes:
@@ -178,7 +176,7 @@ class RecordedCopies:
 
 
 class _Place(NamedTuple):
-    """Where a registered tensor was found: under a name in the parameters or buffers of a layer, at an address."""
+    """Where a tensor is registered: under a name in the parameters or buffers of a layer, at an address."""
 
     title: str
     registry: dict[str, Any]
