@@ -1,18 +1,100 @@
-"""The switch from the old weights to the staged ones, through vLLM's own loader and layerwise reload.
+"""The switch from the old weights to the staged ones: through vLLM's own loader and layerwise reload, or its copies.
 
 One reload session around the whole set, written in place: CUDA graphs keep their addresses, and MoE layers are not
-processed twice (vllm#42821).
+processed twice (vllm#42821). Where that proves to be nothing but copies, they are recorded, and later commits are their
+replay: see `recorded.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.errors import EngineError
+from twinkle_callbacks.worker import recorded
+from twinkle_callbacks.worker.recorded import Digest, RecordedCopies, Tensors
+
+logger = logging.getLogger("vllm.twinkle_callbacks")
+
+
+class Committer:
+    """Commits to one live model, by recorded copies where they are all that loading is. On the worker's main thread.
+
+    Args:
+        digest: of one tensor, for the proof of a record; see `RecordedCopies.record`.
+        obstacle: tells why this model is not to be recorded, empty if it may be.
+
+    Attributes:
+        last_way: how the last commit went that was whole.
+    """
+
+    last_way: Literal["", "loader", "recorded"] = ""
+
+    def __init__(
+        self,
+        model: Any,
+        model_config: Any,
+        device: torch.device,
+        *,
+        digest: Digest = recorded.host_digest,
+        obstacle: Callable[[Any], str] = recorded.obstacle,
+    ) -> None:
+        self._model, self._model_config, self._device = model, model_config, device
+        self._digest, self._obstacle = digest, obstacle
+        self._record: RecordedCopies | None = None
+        self._refused: recorded.Layouts | None = None
+        self._told = ""
+
+    def commit(self, tensors: Tensors) -> None:
+        """Brings a complete, checked set of checkpoint tensors into the model.
+
+        Raises:
+            Exception: as `commit` does, and then the next commit goes through the loader.
+        """
+        record, self._record = self._record, None
+        unfit = "" if record is None else record.fits(tensors)
+        if record is not None and not unfit:
+            record.replay(tensors)
+            self._record, self.last_way = record, "recorded"
+            return
+        if unfit:
+            self._tell(f"the recorded copies no longer fit: {unfit}")
+        self._load(tensors)
+        why_not = self._why_not_record(tensors)
+        if why_not:
+            self._tell(f"commits go through vLLM's loader: {why_not}")
+        elif self._refused != recorded.layouts_of(tensors):
+            self._try_to_record(tensors)
+        self.last_way = "loader"
+
+    def _load(self, tensors: Tensors) -> None:
+        commit(self._model, self._model_config, tensors.items(), self._device)
+
+    def _why_not_record(self, tensors: Tensors) -> str:
+        elsewhere = next((t.device for t in tensors.values() if t.device.type != self._device.type), None)
+        if elsewhere is not None:
+            return f"the staged tensors are on {elsewhere}, and the way from there to {self._device} takes longer"
+        return self._obstacle(self._model)
+
+    def _try_to_record(self, tensors: Tensors) -> None:
+        try:
+            with torch.device(self._device):
+                self._record = RecordedCopies.record(self._model, tensors, self._digest)
+        except Exception as error:  # a loader's own, or what the watching or the replay found
+            self._refused = recorded.layouts_of(tensors)
+            self._tell(f"commits go through vLLM's loader: {str(error) or type(error).__name__}")
+            self._load(tensors)
+        else:
+            self._tell(f"the next commits are recorded copies: {self._record}")
+
+    def _tell(self, what: str) -> None:
+        if what != self._told:
+            logger.info("%s", what)
+            self._told = what
 
 
 def commit(model: Any, model_config: Any, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> None:

@@ -1,0 +1,299 @@
+"""Recorded copies: the loader's copies into the live model, noted once and repeated at every later commit.
+
+On a GPU, without quantization, all that vLLM's loader does is copy slices of the given tensors into slices of the
+registered ones. One load is watched at the level of torch's operators. An operator that touches either and is not such
+a copy makes the recording fail, so nothing is derived from weights unseen, and no decision hangs on a value.
+
+    obstacle   could layers of this model hold more than copies?                nothing is touched yet
+    record     load once more, watched; spoil what was written, replay, and compare digests with the normal commit's
+    fits       the same tensors, into the same memory?                          before each replay
+    replay     the copies alone, in the loader's order, so that overlapping writes end as they did
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from twinkle_callbacks.buckets.digest import first_few
+from twinkle_callbacks.buckets.packing import as_bytes, memory
+from twinkle_callbacks.errors import EngineError
+
+Tensors = Mapping[str, torch.Tensor]
+Digest = Callable[[torch.Tensor], int]
+
+# Classes of vLLM (0.26 to 0.32) whose `process_weights_after_loading` makes nothing out of weights on CUDA, and when:
+# not where it sets the scales of a quantized cache.
+_PASSIVE: dict[str, Callable[[Any], bool]] = {
+    "QuantizeMethodBase": lambda method: True,
+    "UnquantizedLinearMethod": lambda method: True,
+    "UnquantizedEmbeddingMethod": lambda method: True,
+    "Attention": lambda layer: getattr(layer, "kv_cache_dtype", "") in ("auto", "float16", "bfloat16", "float32"),
+    "AttentionImpl": lambda implementation: True,
+    "AttentionImplBase": lambda implementation: True,
+    "FlashInferImpl": lambda implementation: getattr(implementation, "sinks", "unknown") is None,  # else converts them
+    "MMEncoderAttention": lambda layer: not getattr(layer, "fp8_enabled", True),
+}
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class NotRecordedError(EngineError):
+    """A load is more than a set of copies. Told in the log; commits go through the loader then."""
+
+
+class Copy(NamedTuple):
+    """A slice of the model and the slice of a given tensor that belongs there."""
+
+    target: torch.Tensor
+    source: str
+    window: tuple[torch.Size, tuple[int, ...], int] | None  # shape, stride, offset in the source; None: all of it
+
+    def replay(self, tensors: Tensors) -> None:
+        source = tensors[self.source]
+        if self.window is not None:
+            shape, stride, offset = self.window
+            source = source.as_strided(shape, stride, source.storage_offset() + offset)
+        self.target.copy_(source, non_blocking=True)
+
+
+class Fill(NamedTuple):
+    """A slice of the model, such as the padding of an embedding, and the number that the loader fills it with."""
+
+    target: torch.Tensor
+    value: complex
+
+    def replay(self, tensors: Tensors) -> None:
+        self.target.fill_(self.value)
+
+
+def obstacle(model: Any) -> str:
+    """Why a commit to this model may be more than copies, as far as platform and layers tell; empty if it is not."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return f"on {current_platform.device_type} vLLM may compute with other tensors than those that it loads"
+    return obstacle_in_layers(model)
+
+
+def obstacle_in_layers(model: Any) -> str:
+    """The part of `obstacle` that the model alone tells."""
+    if getattr(model, "lora_manager", None) is not None:
+        return "the model runs with LoRA"
+    for name, module in model.named_modules():
+        for processed in (module, getattr(module, "quant_method", None), getattr(module, "impl", None)):
+            owner = _processing_class(processed)
+            if owner and not _PASSIVE.get(owner, lambda unknown: False)(processed):
+                return f"{owner} may derive something from weights after loading, in {name or 'the model'}"
+    return ""
+
+
+def _processing_class(processed: Any) -> str:
+    """Name of the class that defines `process_weights_after_loading` for this object; empty if none does."""
+    owners = (c.__name__ for c in type(processed).__mro__ if "process_weights_after_loading" in vars(c))
+    return next(owners, "")
+
+
+def host_digest(tensor: torch.Tensor) -> int:
+    """XXH3-64 of a tensor's bytes, computed in host memory."""
+    return xxhash.xxh3_64_intdigest(memory(as_bytes(tensor.cpu())))
+
+
+class RecordedCopies:
+    """What the loader copies into one model from tensors of certain names and layouts. Made by `record`."""
+
+    def __init__(self, places: list[_Place], layouts: Layouts, writes: list[Copy | Fill]) -> None:
+        self._places, self._layouts, self._writes = places, layouts, writes
+        self._device = writes[0].target.device
+
+    @classmethod
+    def record(cls, model: Any, tensors: Tensors, digest: Digest = host_digest) -> RecordedCopies:
+        """Loads `tensors` again, right after a commit of the same through the loader.
+
+        The record returned has proved itself: its replay restored, bit for bit, what the commit had left.
+
+        Args:
+            model: loads as vLLM's models do.
+            tensors: what was committed.
+            digest: of one tensor, wherever it lives, sensitive to the order of its elements.
+
+        Raises:
+            NotRecordedError: the load is more than copies, or their replay gives something else.
+            Exception: whatever the loader raises. After either, all tensors are in place, but must be loaded again.
+        """
+        places = list(_places(model))
+        expected = _digests(places, digest)
+        try:
+            with torch.no_grad(), _Recorder(places, tensors) as recorder:
+                model.load_weights(tensors.items())
+            if not recorder.writes:
+                raise NotRecordedError("the loader wrote nothing")
+            _check_same(places, list(_places(model)))
+            _compare("a load without a reload leaves other values", expected, _digests(places, digest))
+            record = cls(places, layouts_of(tensors), recorder.writes)
+            record._spoil()
+            record.replay(tensors)
+            _compare("repeating the copies leaves other values", expected, _digests(places, digest))
+        except BaseException:
+            for place in places:
+                place.put_back()
+            raise
+        return record
+
+    def fits(self, tensors: Tensors) -> str:
+        """Why these tensors cannot be replayed into this model; empty if they can."""
+        layouts = layouts_of(tensors)
+        if layouts != self._layouts:
+            names = self._layouts.keys() | layouts.keys()
+            other = sorted(name for name in names if self._layouts.get(name) != layouts.get(name))
+            return f"other names, shapes, dtypes, strides or devices: {first_few(other)}"
+        moved = [place.title for place in self._places if not place.is_unchanged()]
+        return f"moved or replaced in the model: {first_few(moved)}" if moved else ""
+
+    def replay(self, tensors: Tensors) -> None:
+        """Writes tensors that fit, and waits until they are there.
+
+        No view of a source is kept: it would hold the staged copy's memory, and is made while the device copies.
+        """
+        with torch.no_grad():
+            for write in self._writes:
+                write.replay(tensors)
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).current_stream(self._device).synchronize()
+
+    def __str__(self) -> str:
+        return f"{len(self._writes)} writes, {sum(write.target.nbytes for write in self._writes) / 1e9:.3f} GB"
+
+    def _spoil(self) -> None:
+        for write in self._writes:
+            write.target.view(_WORDS[write.target.element_size()]).fill_(-1)
+
+
+class _Place(NamedTuple):
+    """Where a tensor is registered: under a name in the parameters or buffers of a layer, at an address."""
+
+    title: str
+    registry: dict[str, Any]
+    name: str
+    tensor: torch.Tensor
+    home: torch.Tensor  # its memory, should the tensor be given other memory
+    address: int
+
+    def is_unchanged(self) -> bool:
+        return self.registry.get(self.name) is self.tensor and self.tensor.data_ptr() == self.address
+
+    def put_back(self) -> None:
+        self.registry[self.name] = self.tensor
+        if self.tensor.data_ptr() != self.address:
+            self.tensor.data = self.home
+
+
+def _places(model: torch.nn.Module) -> Iterator[_Place]:
+    for prefix, module in model.named_modules():
+        for registry in (module._parameters, module._buffers):
+            for name, tensor in registry.items():
+                if tensor is not None:
+                    title = f"{prefix}.{name}" if prefix else name
+                    yield _Place(title, registry, name, tensor, tensor.detach(), tensor.data_ptr())
+
+
+def _check_same(before: list[_Place], after: list[_Place]) -> None:
+    known = {place.title for place in before}
+    other = [p.title for p in before if not p.is_unchanged()] + [p.title for p in after if p.title not in known]
+    if other:
+        raise NotRecordedError(f"the loader replaced or added tensors: {first_few(other)}")
+
+
+def _digests(places: list[_Place], digest: Digest) -> dict[str, int]:
+    once = {id(place.tensor): place for place in places if place.home.numel()}  # tied ones are in several places
+    return {place.title: digest(place.home) for place in once.values()}
+
+
+def _compare(what: str, expected: dict[str, int], found: dict[str, int]) -> None:
+    differing = [title for title, value in expected.items() if found[title] != value]
+    if differing:
+        raise NotRecordedError(f"{what} in {len(differing)} of {len(expected)} tensors: {first_few(differing)}")
+
+
+Layouts = dict[str, tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]]
+
+
+def layouts_of(tensors: Tensors) -> Layouts:
+    """What must stay the same for a replay, apart from the values."""
+    return {name: (tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for name, tensor in tensors.items()}
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
+    """Notes the copies from given tensors into registered ones, and refuses all else that touches either."""
+
+    def __init__(self, places: list[_Place], tensors: Tensors) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.writes: list[Copy | Fill] = []
+        self._registered = {_storage(place.home) for place in places if place.home.numel()}
+        self._tensors = tensors
+        # They may lie in one storage, as slices of a bucket do: a view belongs to the tensor within whose bytes it is.
+        self._spans = sorted((*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
+        self._given = {_storage(tensor) for tensor in tensors.values() if tensor.numel()}
+        if self._given & self._registered:
+            raise NotRecordedError("tensors to load lie in the memory of the model")
+        for (_, end, name), (start, _, other) in pairwise(self._spans):
+            if start < end:
+                raise NotRecordedError(f"{name} and {other} share memory")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.numel()]
+        touched = {_storage(tensor) for tensor in operands} & (self._given | self._registered)
+        if touched and func._schema.is_mutable:
+            if func is aten.copy_.default:
+                self.writes.append(self._copy(args[0], args[1]))
+            elif func in (aten.fill_.Scalar, aten.zero_.default) and _storage(args[0]) in self._registered:
+                self.writes.append(Fill(_plain(args[0]), args[1] if func is aten.fill_.Scalar else 0))
+            else:
+                raise NotRecordedError(f"the loader changes weights with {func}")
+        result = func(*args, **(kwargs or {}))
+        if touched and not func._schema.is_mutable and not _are_views(tree_leaves(result), touched):
+            raise NotRecordedError(f"the loader computes with the values of weights: {func}")
+        return result
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
+        start, end = _span(source)
+        span = bisect_right(self._spans, start, key=lambda span: span[0]) - 1
+        if span < 0 or end > self._spans[span][1]:
+            raise NotRecordedError("the loader copies something that it was not given")
+        name = self._spans[span][2]
+        if _storage(target) not in self._registered:
+            raise NotRecordedError(f"the loader copies {name} to where no parameter or buffer is")
+        given = self._tensors[name]
+        if source.dtype != given.dtype or source.device != given.device or source.device != target.device:
+            raise NotRecordedError(f"the loader copies {name} as {source.dtype} from {source.device}")
+        offset = (start - given.data_ptr()) // source.element_size()
+        whole = (source.shape, source.stride(), offset) == (given.shape, given.stride(), 0)
+        return Copy(_plain(target), name, None if whole else (source.shape, source.stride(), offset))
+
+
+def _are_views(results: list[Any], storages: set[int]) -> bool:
+    tensors = [leaf for leaf in results if isinstance(leaf, torch.Tensor)]
+    return len(tensors) == len(results) > 0 and all(_storage(t) in storages for t in tensors if t.numel())
+
+
+def _plain(target: torch.Tensor) -> torch.Tensor:
+    if target.element_size() not in _WORDS:
+        raise NotRecordedError(f"the model has a tensor of {target.dtype}, which cannot be verified")
+    return target.detach()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address of the first byte of a tensor with elements, and that after its last."""
+    elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
