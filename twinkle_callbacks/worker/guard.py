@@ -13,7 +13,7 @@ listener on an unencrypted network could replay a request once to each of the ot
 A tenant's signature opens only the routes for its adapters, which check whose adapter it is: `AdapterRoutes`, and the
 workers for the signed message that `/init_weight_transfer_engine` brings them. That message must be of whoever signed
 the request, and is good once too; or a tenant could send what it saw of another on its way. What is no such message is
-refused here, before it reaches the workers: an error of theirs may end the order of their replies.
+refused here, before it reaches the workers: where all tensor-parallel ranks raise, their later replies are shifted.
 """
 
 from __future__ import annotations
