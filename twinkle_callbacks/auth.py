@@ -21,6 +21,7 @@ from typing import NamedTuple
 from twinkle_callbacks.errors import AuthenticationError
 
 TOKEN_ENV = "TWINKLE_TOKEN"
+TENANT_FOLDERS_ENV = "TWINKLE_TENANT_FOLDERS"  # on the server
 MIN_TOKEN_CHARS = 16
 NONCE_BYTES = 32
 SIGNATURE_HEADER = "x-twinkle-signature"
@@ -118,6 +119,11 @@ def tenant_of(token: str) -> str:
 def may_touch(tenant: str, adapter: str) -> bool:
     """Whether a tenant may sync, attach or detach an adapter: its own name, and `<its name>/<anything>`."""
     return not tenant or adapter == tenant or adapter.startswith(f"{tenant}/")
+
+
+def tenant_folders() -> list[str]:
+    """Folders of this server below which its owner lets tenants attach adapter files: none unless the owner says so."""
+    return [folder for folder in os.environ.get(TENANT_FOLDERS_ENV, "").split(os.pathsep) if folder]
 
 
 def key_of(token: str, tenant: str) -> str:

@@ -14,6 +14,7 @@ from twinkle_callbacks.errors import ConfigError
 
 BACKEND = "twinkle"  # our weight-transfer backend, as vLLM knows it
 ADAPTER_NAME_PATTERN = r"^\S+$"  # what requests can name as their model
+MAX_ADAPTER_NAME_CHARS = 256
 DEFAULT_ROLLOUT = "http://127.0.0.1:8000"
 
 PauseMode = Literal["keep", "wait", "abort"]
@@ -56,7 +57,9 @@ class SyncSettings(BaseModel):
     rollouts: tuple[Any, ...] = (DEFAULT_ROLLOUT,)
     engine: str = "auto"
     merge_and_sync: bool = True
-    adapter_name: str | None = Field(None, min_length=1, max_length=256, pattern=ADAPTER_NAME_PATTERN)
+    adapter_name: str | None = Field(
+        None, min_length=1, max_length=MAX_ADAPTER_NAME_CHARS, pattern=ADAPTER_NAME_PATTERN
+    )
     every_n_steps: int = Field(1, ge=1)
     bucket_size_mb: int = Field(512, ge=1, le=65536)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from twinkle_callbacks import auth
 from twinkle_callbacks.cli.launch import Launch, plan_launch
 from twinkle_callbacks.errors import ConfigError, MissingExtraError
 
@@ -141,6 +142,48 @@ def test_our_backend_may_be_named_again(flags: list[str]) -> None:
 def test_a_flag_that_the_launcher_sets_or_cannot_serve_is_refused_with_the_reason(flag: str) -> None:
     with pytest.raises(ConfigError, match=f"leave out {flag}: "):
         plan(flag, "value")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--api-server-count", "2"],
+        ["--api_server_count=2"],
+        ["-asc", "2"],
+        ["--data-parallel-size", "4"],
+        ["-dp=4"],
+        ["-dp", "1", "--data-parallel-size", "4"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("lora", ["--enable-lora", "--enable_lora"])
+def test_adapters_are_served_by_one_process_and_one_replica(lora: str, flags: list[str]) -> None:
+    for arguments in ([lora, *flags], [*flags, "--no-enable-lora", lora]):
+        with pytest.raises(ConfigError, match=r"(--api-server-count 2|--data-parallel-size 4) with --enable-lora: "):
+            plan(*arguments)
+    for arguments in (flags, [lora, *flags, "--no-enable-lora"]):
+        assert flags[0] in plan(*arguments).command
+
+
+@pytest.mark.parametrize("flags", [[], ["-dp", "1"], ["--api-server-count=1"], ["-dp", "2", "-dp", "1"], ["-dp"]])
+def test_one_of_each_may_serve_adapters(flags: list[str]) -> None:
+    assert "--enable-lora" in plan("--enable-lora", *flags).command
+
+
+def test_folders_for_tenants_travel_in_the_environment(tmp_path: Path) -> None:
+    one, two, environ = tmp_path / "one", tmp_path / "two", {auth.TENANT_FOLDERS_ENV: "/of/the/user"}
+    one.mkdir()
+    two.symlink_to(one)
+    assert plan(environ=environ).env[auth.TENANT_FOLDERS_ENV] == "/of/the/user"
+    planned = plan_launch("MODEL", "127.0.0.1", 8000, [], environ, [one, two, tmp_path])
+    assert planned.env[auth.TENANT_FOLDERS_ENV] == f"{one}:{one}:{tmp_path}"
+
+
+@pytest.mark.parametrize("name", ["missing", "a:b"])
+def test_a_folder_for_tenants_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(ConfigError, match=f"--tenant-folder .*{name}: give an existing folder"):
+        plan_launch("MODEL", "127.0.0.1", 8000, [], {}, [tmp_path / name])
 
 
 @pytest.mark.parametrize(

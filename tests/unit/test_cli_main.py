@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from twinkle_callbacks import __version__
-from twinkle_callbacks.cli import demo, main, push, serve, status
+from twinkle_callbacks.cli import demo, main, status
 from twinkle_callbacks.cli.main import COMMANDS, parse
 from twinkle_callbacks.errors import ConfigError, TwinkleError
 
 HEAVY = ("torch", "vllm", "transformers", "lightning", "pydantic", "httpx", "rich", "asyncio")
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "adapters list", "adapters attach", "adapters detach"])
 def test_help_answers_without_loading_anything_heavy(command: str) -> None:
     arguments = [*command.split(), "--help"]
     code = f"""
@@ -48,6 +48,10 @@ def test_the_console_script_is_installed() -> None:
         ["unheard-of"],
         ["serve"],
         ["serve", "--max-num-seqs", "8", "MODEL"],
+        ["serve", "MODEL", "--tenant-folder"],
+        ["adapters"],
+        ["adapters", "attach", "http://a:1", "math"],
+        ["token"],
         ["status"],
         ["status", "http://a:1", "--jsn"],
         ["push", "folder"],
@@ -106,12 +110,17 @@ def test_serve_listens_on_loopback_by_default() -> None:
     assert (arguments.host, arguments.port, arguments.vllm_args) == ("127.0.0.1", 8000, [])
 
 
+def test_serve_takes_several_folders_for_tenants() -> None:
+    arguments = parse(["serve", "M", "--tenant-folder", "/a", "--enable-lora", "--tenant-folder=/b"])
+    assert (arguments.tenant_folder, arguments.vllm_args) == ([Path("/a"), Path("/b")], ["--enable-lora"])
+
+
 def test_push_takes_several_servers() -> None:
     arguments = parse(["push", "folder", "--to", "http://a:1", "--to", "http://b:2", "--version", "7"])
     assert (arguments.to, arguments.version) == (["http://a:1", "http://b:2"], 7)
 
 
-@pytest.mark.parametrize("module", [serve, status, push, demo])
+@pytest.mark.parametrize("module", COMMANDS.values(), ids=COMMANDS)
 def test_each_command_explains_itself(module: object) -> None:
     assert str(module.__doc__).count("\n") >= 2
 

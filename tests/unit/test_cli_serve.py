@@ -95,6 +95,11 @@ def test_the_token_travels_in_the_environment_only(capfd: pytest.CaptureFixture[
     assert TOKEN not in " ".join(started["argv"]) + log + "".join(capfd.readouterr())
 
 
+def test_folders_for_tenants_reach_the_server(tmp_path: Path) -> None:
+    with serving("m", tenant_folders=[tmp_path]) as server:
+        assert get(server.url, "/started")["env"]["TWINKLE_TENANT_FOLDERS"] == str(tmp_path)
+
+
 def test_without_a_token_the_users_file_is_made_for_both_sides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TWINKLE_TOKEN")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -69,14 +70,23 @@ def call(
     body: bytes | list[bytes] = b"",
     headers: dict[str, str] | list[tuple[str, str]] | None = None,
     root_path: str = "",
+    backend: str | None = "twinkle",
 ) -> httpx.Response:
+    """What a server of this weight-transfer backend answers, behind its guard."""
+    config = SimpleNamespace(weight_transfer_config=backend and SimpleNamespace(backend=backend))
+    state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
+
+    async def server(scope: Any, receive: Any, send: Any) -> None:
+        scope["app"] = SimpleNamespace(state=state)
+        await app(scope, receive, send)
+
     async def chunks() -> AsyncIterator[bytes]:
         for chunk in body:
             assert isinstance(chunk, bytes)
             yield chunk
 
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app, root_path=root_path)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=server, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             content = body if isinstance(body, bytes) else chunks()
             return await client.request(method, target, content=content, headers=headers)
@@ -210,6 +220,13 @@ def test_memory_for_signatures_is_bounded_and_freed_when_they_expire(
     assert "2 signed requests within 600 s" in pause().json()["error"]
     now[0] += guard.NONCE_LIFETIME_S
     assert pause().status_code == 200
+
+
+def test_a_nonce_of_any_length_is_not_remembered(guarded: RouteGuard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth.secrets, "token_hex", lambda _: "0" * 65)
+    response = call(guarded, "/pause", headers=signed("POST", "/pause"))
+    assert response.status_code == 401
+    assert "1 to 64 characters, this one 65" in response.json()["error"]
 
 
 @pytest.mark.parametrize("body", [b"x" * 11, [b"x" * 6, b"x" * 5]], ids=["declared", "streamed"])

@@ -164,6 +164,7 @@ OTHER_BACKEND = "Invalid init_info for NCCLWeightTransferEngine: unexpected keyw
         (401, {"error": "signed with another token"}, AuthenticationError, "another token"),
         (500, {"error": {"message": NOT_CONFIGURED}}, RolloutError, "backend 'twinkle'.*--weight-transfer-config"),
         (500, {"error": {"message": OTHER_BACKEND}}, RolloutError, "backend 'twinkle'.*--weight-transfer-config"),
+        (500, {"error": {"message": OTHER_BACKEND}}, RolloutError, "or that of another version.*the trainer's version"),
         (500, {"error": {"message": "out of memory"}}, RolloutError, "answered 500: out of memory"),
         (503, "gone", RolloutError, "answered 503: gone"),
     ],

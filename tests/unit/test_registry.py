@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.unit.test_http_rollout import TOKEN, Server
 from twinkle_callbacks import auth
 from twinkle_callbacks.cli.main import main
 from twinkle_callbacks.errors import AuthenticationError, ConfigError, RolloutError
-from twinkle_callbacks.rollouts import AdapterRegistry, HTTPRollout, ServedAdapter
+from twinkle_callbacks.rollouts import AdapterRegistry, HTTPRollout, LocalRollout, ServedAdapter
 
 CARDS = [
     {"id": "policy", "root": "/policy", "parent": None},
@@ -53,11 +54,41 @@ def test_attaching_and_detaching_are_vllms_routes(server: Server) -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "folder"), [("", "/a"), ("a b", "/a"), ("math", "a"), ("math", "")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("", "/a"), ("a b", "/a"), ("x" * 257, "/a"), ("math", "a"), ("math", "")]
+)
 def test_a_name_or_folder_of_another_form_is_not_sent(server: Server, name: str, folder: str) -> None:
     with AdapterRegistry(server.url) as registry, pytest.raises(ConfigError, match="give"):
         registry.attach(name, folder)
     assert server.asked == []
+
+
+def local(models: list[str], max_loras: int | None) -> LocalRollout:
+    lora = None if max_loras is None else SimpleNamespace(max_loras=max_loras)
+    config = SimpleNamespace(
+        weight_transfer_config=SimpleNamespace(backend="twinkle"),
+        model_config=SimpleNamespace(served_model_name=models),
+        lora_config=lora,
+    )
+    engine = SimpleNamespace(vllm_config=config, add_lora=lambda version: True, remove_lora=lambda lora_id: True)
+    return LocalRollout(SimpleNamespace(llm_engine=engine))
+
+
+def test_an_engine_in_the_process_refuses_what_a_server_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinkle_callbacks.rollouts.local.new_version", lambda *_: SimpleNamespace(lora_path="/a"))
+    with AdapterRegistry(local(["policy", "alias"], 2)) as registry:
+        for taken in ("policy", "alias"):
+            with pytest.raises(RolloutError, match=f"'{taken}' is the name of the base model"):
+                registry.attach(taken, "/a")
+        for name in ("one", "two", "one"):
+            registry.attach(name, "/a")
+        with pytest.raises(RolloutError, match=r"all 2 adapter slots are taken \(by one, two\).*max_loras=3"):
+            registry.attach("three", "/a")
+        registry.detach("one")
+        registry.attach("three", "/a")
+        assert [adapter.name for adapter in registry.list()] == ["three", "two"]
+    with AdapterRegistry(local(["policy"], None)) as registry, pytest.raises(RolloutError, match="enable_lora=True"):
+        registry.attach("one", "/a")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -11,7 +12,8 @@ import pytest
 from tests.unit.test_guard import App, call
 from twinkle_callbacks import auth
 from twinkle_callbacks.errors import AuthenticationError, ConfigError
-from twinkle_callbacks.worker.guard import TENANT_PATHS, RouteGuard
+from twinkle_callbacks.worker import guard
+from twinkle_callbacks.worker.guard import MESSAGE_PATH, TENANT_PATHS, RouteGuard
 from twinkle_callbacks.worker.messages import COMPARE, LEAVE, RECEIVE, Adapter, AdapterCall, JoinRequest
 
 SERVER = "a token of enough length"
@@ -83,8 +85,95 @@ def test_other_routes_stay_closed_to_a_tenant(path: str, monkeypatch: pytest.Mon
 def test_the_routes_of_adapters_open_to_a_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWINKLE_TOKEN", SERVER)
     for path in TENANT_PATHS:
-        assert send(RouteGuard(App()), path, ALICE).status_code == 200
+        body = init_info(request=request("alice").signed(ALICE)) if path == MESSAGE_PATH else b""
+        assert send(RouteGuard(App()), path, ALICE, body).status_code == 200
         assert send(RouteGuard(App()), path, auth.tenant_token("another token of length", "alice")).status_code == 401
+
+
+def test_who_used_up_its_signatures_locks_out_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINKLE_TOKEN", SERVER)
+    monkeypatch.setattr(guard, "MAX_NONCES", 1)
+    route = RouteGuard(App())
+    path = "/v1/unload_lora_adapter"
+    assert [send(route, path, ALICE).status_code for _ in range(2)] == [200, 401]
+    assert send(route, path, auth.tenant_token(SERVER, "bob")).status_code == 200
+    assert send(route, path, SERVER).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [(SERVER, ALICE), (ALICE, SERVER), (ALICE, auth.tenant_token(SERVER, "bob"))],
+    ids=["owner's by a tenant", "tenant's by the owner", "tenant's by another"],
+)
+@pytest.mark.parametrize("kind", ["request", "call"])
+def test_a_message_travels_only_in_a_request_of_its_own_signer(
+    kind: str, inner: str, outer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_TOKEN", SERVER)
+    message = request("alice") if kind == "request" else AdapterCall(action=LEAVE, adapter="alice")
+    app = App()
+    response = send(RouteGuard(app), MESSAGE_PATH, outer, init_info(**{kind: message.signed(inner)}))
+    assert response.status_code == 403
+    assert "sign both with the same token" in response.json()["error"]
+    assert app.scopes == []
+
+
+@pytest.mark.parametrize("token", [SERVER, ALICE])
+def test_a_message_is_good_once(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINKLE_TOKEN", SERVER)
+    app = App()
+    route = RouteGuard(app)
+    body = init_info(call=AdapterCall(action=LEAVE, adapter="alice").signed(token))
+    assert send(route, MESSAGE_PATH, token, body).status_code == 200
+    again = send(route, MESSAGE_PATH, token, body)
+    assert again.status_code == 401
+    assert "used before" in again.json()["error"]
+    assert len(app.scopes) == 1
+
+
+MALFORMED = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "deep": b"[" * 100_000,
+    "a list": b"[]",
+    "no init_info": b"{}",
+    "empty": b'{"init_info": {}}',
+    "no object": b'{"init_info": {"request": 3}}',
+    "empty message": b'{"init_info": {"request": {}}}',
+    "both": b'{"init_info": {"request": {"nonce": "0"}, "call": {"nonce": "0"}}}',
+    "an unknown key": b'{"init_info": {"master_address": {"nonce": "0"}}}',
+    "one key too many": b'{"init_info": {"call": {"nonce": "0"}, "x": 1}}',
+    "a tenant of another type": b'{"init_info": {"call": {"nonce": "0", "tenant": null}}}',
+    "a nonce of another type": b'{"init_info": {"call": {"nonce": 0}}}',
+}
+
+
+@pytest.mark.parametrize("token", [SERVER, ALICE], ids=["owner", "tenant"])
+@pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED)
+def test_what_holds_no_message_does_not_reach_the_workers(
+    body: bytes, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_TOKEN", SERVER)
+    app = App()
+    response = send(RouteGuard(app), MESSAGE_PATH, token, body)
+    assert response.status_code == 400
+    assert "install the same version" in response.json()["error"]
+    assert app.scopes == []
+
+
+@pytest.mark.parametrize("backend", ["nccl", None])
+def test_another_backend_gets_what_the_servers_token_signs_and_nothing_of_a_tenant(
+    backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_TOKEN", SERVER)
+    body = b'{"init_info": {"master_address": "10.0.0.7"}}'
+    assert send(RouteGuard(App()), MESSAGE_PATH, SERVER, body, backend=backend).status_code == 200
+    for of_alice in (body, init_info(request=request("alice").signed(ALICE))):
+        app = App()
+        response = send(RouteGuard(app), MESSAGE_PATH, ALICE, of_alice, backend=backend)
+        assert response.status_code == 400
+        assert "does not run the weight-transfer backend 'twinkle'" in response.json()["error"]
+        assert app.scopes == []
 
 
 def test_a_server_does_not_start_with_a_tenants_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +182,15 @@ def test_a_server_does_not_start_with_a_tenants_token(monkeypatch: pytest.Monkey
         RouteGuard(App())
 
 
-def send(guard: RouteGuard, path: str, token: str) -> httpx.Response:
-    return call(guard, path, headers={auth.SIGNATURE_HEADER: auth.sign_request(token, "POST", path, b"")})
+def send(
+    route: RouteGuard, path: str, token: str, body: bytes = b"", *, backend: str | None = "twinkle"
+) -> httpx.Response:
+    headers = {auth.SIGNATURE_HEADER: auth.sign_request(token, "POST", path, body)}
+    return call(route, path, body=body, headers=headers, backend=backend)
+
+
+def init_info(**messages: dict[str, Any]) -> bytes:
+    return json.dumps({"init_info": messages}).encode()
 
 
 @pytest.mark.parametrize("token", [SERVER, ALICE])
@@ -128,7 +224,7 @@ def test_a_call_that_was_changed_on_the_way_is_refused(change: dict[str, Any]) -
         AdapterCall.opened(sent | change, SERVER)
 
 
-@pytest.mark.parametrize("change", [{"number": "x"}, {"unheard": 1}, {"mac": "zz"}])
+@pytest.mark.parametrize("change", [{"number": "x"}, {"unheard": 1}, {"mac": "zz"}, {"path": "\ud800"}])
 def test_what_is_no_message_of_this_version_is_a_configuration_error(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="not a AdapterCall of this version"):
         AdapterCall.opened(plain(AdapterCall(action=RECEIVE, adapter="alice").signed(SERVER)) | change, SERVER)

@@ -50,7 +50,13 @@ def lora_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     build("qwen3", seed=0).save_pretrained(folder)
     arithmetic.tokenizer().save_pretrained(folder)
     flags = (*SERVER_FLAGS, *LORA_FLAGS)
-    with serving(str(folder), vllm_args=flags, ready_timeout_s=300, log_path=folder / "server.log") as server:
+    with serving(
+        str(folder),
+        vllm_args=flags,
+        tenant_folders=[tmp_path_factory.getbasetemp()],
+        ready_timeout_s=300,
+        log_path=folder / "server.log",
+    ) as server:
         yield Server(server.url, folder)
 
 

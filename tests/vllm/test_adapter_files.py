@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tests.vllm.engines import assert_same, server_answers
 from twinkle_callbacks import WeightSynchronizer, auth
 from twinkle_callbacks.errors import AuthenticationError, RolloutError
 from twinkle_callbacks.rollouts import AdapterRegistry, ServedAdapter
+from twinkle_callbacks.worker.messages import LEAVE, AdapterCall
 
 
 @pytest.fixture
@@ -103,6 +105,28 @@ def test_an_adapter_that_requests_use_is_not_detached(
     assert registry.list() == []
 
 
+def test_what_holds_no_message_of_its_signer_does_not_reach_the_workers(
+    lora_server: Server, registry: AdapterRegistry
+) -> None:
+    owner = auth.load_token()
+    alice = auth.tenant_token(owner, "alice")
+    call = AdapterCall(action=LEAVE, adapter="alice")
+    for token, init_info, status in (
+        (owner, {}, 400),
+        (alice, {"master_address": "127.0.0.1"}, 400),
+        (alice, {"call": call.signed(owner)}, 403),
+        (owner, {"call": call.signed(alice)}, 403),
+        (alice, {"call": call.signed(alice)}, 200),
+        (owner, {"call": call.signed(owner)}, 200),
+    ):
+        body = json.dumps({"init_info": init_info}).encode()
+        signature = auth.sign_request(token, "POST", "/init_weight_transfer_engine", body)
+        headers = {auth.SIGNATURE_HEADER: signature, "content-type": "application/json"}
+        url = f"{lora_server.url}/init_weight_transfer_engine"
+        assert httpx.post(url, content=body, headers=headers, timeout=30).status_code == status
+    assert registry.list() == []
+
+
 def test_a_tenant_attaches_under_its_name_only_and_cannot_take_anothers(
     lora_server: Server, registry: AdapterRegistry, tmp_path: Path
 ) -> None:
@@ -117,5 +141,7 @@ def test_a_tenant_attaches_under_its_name_only_and_cannot_take_anothers(
             for forbidden in (lambda: mine.attach("bob", folder), lambda: mine.detach("bob")):
                 with pytest.raises(AuthenticationError, match="'bob' is not one of tenant 'alice'"):
                     forbidden()
+            with pytest.raises(AuthenticationError, match=r"tenant 'alice' may attach folders below .*, not '/etc'"):
+                mine.attach("alice/files", "/etc")
             mine.detach("alice/files")
     assert [adapter.name for adapter in registry.list()] == ["bob"]

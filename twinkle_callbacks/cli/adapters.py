@@ -5,7 +5,8 @@
     twinkle-callbacks adapters detach URL NAME
 
 The server must run with --enable-lora. Requests name an adapter as their model. FOLDER holds what PEFT's
-save_pretrained writes, and is a path on the server's host. Requests under way end on the version they began with.
+save_pretrained writes, and is a path on the server's host; for tenants it lies below one that the server was started
+with, serve --tenant-folder. Requests under way end on the version they began with.
 """
 
 from __future__ import annotations

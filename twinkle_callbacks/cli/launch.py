@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from twinkle_callbacks import auth
 from twinkle_callbacks.config import BACKEND
 from twinkle_callbacks.errors import ConfigError, MissingExtraError
 
@@ -37,6 +38,10 @@ _REFUSED = {
 }
 
 
+# Adapters need one process that numbers their versions, and one engine whose workers agree about them.
+_ALONE_WITH_LORA = {("--api-server-count", "-asc"): "API server processes", ("--data-parallel-size", "-dp"): "replicas"}
+
+
 class Launch(NamedTuple):
     """A child process to be: program and arguments, and its whole environment."""
 
@@ -44,7 +49,14 @@ class Launch(NamedTuple):
     env: dict[str, str]
 
 
-def plan_launch(model: str, host: str, port: int, vllm_args: Sequence[str], environ: Mapping[str, str]) -> Launch:
+def plan_launch(
+    model: str,
+    host: str,
+    port: int,
+    vllm_args: Sequence[str],
+    environ: Mapping[str, str],
+    tenant_folders: Sequence[Path] = (),
+) -> Launch:
     """Plans a vLLM server with the RL routes on, the backend set and the routes guarded.
 
     Args:
@@ -53,9 +65,10 @@ def plan_launch(model: str, host: str, port: int, vllm_args: Sequence[str], envi
         port: port to listen on.
         vllm_args: vLLM's own flags. Ours follow them, so ours count where both name the same.
         environ: the environment to start from. The token passes on only through it or the user's token file.
+        tenant_folders: folders below which tenants may attach adapter files; none given: those that `environ` names.
 
     Raises:
-        ConfigError: a flag contradicts what the launcher sets.
+        ConfigError: a flag contradicts what the launcher sets, or a tenant folder is none.
         MissingExtraError: vLLM is not installed.
     """
     _check(vllm_args)
@@ -65,6 +78,8 @@ def plan_launch(model: str, host: str, port: int, vllm_args: Sequence[str], envi
     middlewares = ["--middleware", ADAPTER_ROUTES, "--middleware", GUARD]
     command = [sys.executable, *_entry(model), *vllm_args, *address, *transfer, *middlewares]
     env = dict(environ) | {"VLLM_SERVER_DEV_MODE": "1"}
+    if tenant_folders:
+        env[auth.TENANT_FOLDERS_ENV] = os.pathsep.join(_checked_folder(folder) for folder in tenant_folders)
     plugins = [name for name in env.get("VLLM_PLUGINS", "").split(",") if name]
     if "VLLM_PLUGINS" in env and BACKEND not in plugins:
         env["VLLM_PLUGINS"] = ",".join([*plugins, BACKEND])
@@ -103,15 +118,26 @@ def _check(vllm_args: Sequence[str]) -> None:
                 f"{TRANSFER_FLAG} asks for the backend {backend!r}, trainers with this package need {BACKEND!r}; "
                 f"leave the flag out"
             )
+    switches = [flag for flag in map(_flag, vllm_args) if flag in ("--enable-lora", "--no-enable-lora")]
+    if switches[-1:] == ["--enable-lora"]:
+        _check_alone(vllm_args)
+
+
+def _check_alone(vllm_args: Sequence[str]) -> None:
+    for flags, what in _ALONE_WITH_LORA.items():
+        counts = [value for flag, value in _values(vllm_args) if flag in flags]
+        if counts and counts[-1].isdecimal() and int(counts[-1]) > 1:  # vLLM goes by the last
+            raise ConfigError(
+                f"{flags[0]} {counts[-1]} with --enable-lora: several {what} would not agree about the adapters; "
+                f"start several servers instead, or leave out either flag"
+            )
 
 
 def _backends(vllm_args: Sequence[str]) -> Iterator[object]:
     """Yields each backend that the flags ask for, as JSON or in vLLM's dotted form."""
-    for index, argument in enumerate(vllm_args):
-        flag = _flag(argument)
+    for flag, value in _values(vllm_args):
         if flag not in (TRANSFER_FLAG, f"{TRANSFER_FLAG}.backend"):
             continue
-        value = argument.partition("=")[2] if "=" in argument else " ".join(vllm_args[index + 1 : index + 2])
         if flag != TRANSFER_FLAG:
             yield value
             continue
@@ -122,9 +148,23 @@ def _backends(vllm_args: Sequence[str]) -> Iterator[object]:
         yield config.get("backend") if isinstance(config, dict) else config
 
 
+def _values(vllm_args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields each flag with what follows it, after `=` or as the next argument."""
+    for index, argument in enumerate(vllm_args):
+        if flag := _flag(argument):
+            yield flag, argument.partition("=")[2] if "=" in argument else " ".join(vllm_args[index + 1 : index + 2])
+
+
 def _flag(argument: str) -> str:
-    """The flag of an argument as vLLM reads it: underscores count as dashes."""
-    return argument.partition("=")[0].replace("_", "-") if argument.startswith("--") else ""
+    """The flag of an argument as vLLM reads it: underscores count as dashes. Empty if it is none."""
+    return argument.partition("=")[0].replace("_", "-") if argument.startswith("-") else ""
+
+
+def _checked_folder(folder: Path) -> str:
+    path = str(folder.resolve())
+    if not folder.is_dir() or os.pathsep in path:
+        raise ConfigError(f"--tenant-folder {folder}: give an existing folder, without {os.pathsep!r} in its path")
+    return path
 
 
 def current_environment() -> dict[str, str]:

@@ -34,11 +34,20 @@ DEFAULT_READY_TIMEOUT_S = 600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `serve`."""
-    parser.usage = "twinkle-callbacks serve MODEL [--host HOST] [--port PORT] [vLLM's own flags]"
+    parser.usage = "twinkle-callbacks serve MODEL [--host HOST] [--port PORT] [--tenant-folder DIR] [vLLM's own flags]"
     parser.set_defaults(passes_on="vllm_args", comes_first="MODEL")
     parser.add_argument("model", metavar="MODEL", help="folder or name of the model; comes first")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 picks a free one (default: %(default)s)")
+    parser.add_argument(
+        "--tenant-folder",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="let tenants attach adapter files below this folder, best one that they cannot write to; may be given "
+        "several times (default: none, which leaves attaching files to holders of the server's token)",
+    )
     parser.add_argument("--log", type=Path, metavar="FILE", help="also write the server's output to this file")
     parser.add_argument(
         "--ready-timeout",
@@ -56,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         port=arguments.port,
         host=arguments.host,
         vllm_args=arguments.vllm_args,
+        tenant_folders=arguments.tenant_folder,
         ready_timeout_s=arguments.ready_timeout,
         log_path=arguments.log,
         echo=sys.stdout.buffer,
@@ -72,6 +82,7 @@ def serving(
     port: int = 0,
     host: str = "127.0.0.1",
     vllm_args: Sequence[str] = (),
+    tenant_folders: Sequence[Path] = (),
     ready_timeout_s: float = DEFAULT_READY_TIMEOUT_S,
     log_path: Path | None = None,
     echo: BinaryIO | None = None,
@@ -86,6 +97,7 @@ def serving(
         port: port to listen on; 0 picks a free one.
         host: address to listen on. Anything but loopback lets everyone who reaches it sample.
         vllm_args: vLLM's own flags.
+        tenant_folders: folders below which tenants may attach adapter files; default: none.
         ready_timeout_s: seconds that the start may take.
         log_path: file for the server's output. None: a temporary file, gone after the block.
         echo: binary stream that the output is also copied to.
@@ -94,7 +106,7 @@ def serving(
         The server: `url`, `port`, `log_path`, `pid`, and `wait()` to block while it runs.
 
     Raises:
-        ConfigError: the port is taken, or a flag contradicts what is set here.
+        ConfigError: the port is taken, a flag contradicts what is set here, or a tenant folder is none.
         AuthenticationError: the token is missing or unsafe.
         MissingExtraError: vLLM is not installed.
         RolloutError: the server ended before it was ready; carries the end of its log.
@@ -105,7 +117,7 @@ def serving(
 
     auth.load_token()  # fails here rather than in the child, and makes the file that both sides read
     port = _claim_port(host, port)
-    launch = plan_launch(model, host, port, vllm_args, current_environment())
+    launch = plan_launch(model, host, port, vllm_args, current_environment(), tenant_folders)
     if not _is_loopback(host):
         logger.warning("listening on %s: whoever reaches port %d can sample; weights travel unencrypted", host, port)
     with ExitStack() as stack:

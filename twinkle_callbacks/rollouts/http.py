@@ -152,13 +152,16 @@ class HTTPRollout(Rollout):
                 f"{self.name} has no route {path}: its RL routes are off, or its vLLM is too old (0.32 has all); "
                 f"start it with VLLM_SERVER_DEV_MODE=1, or with: twinkle-callbacks serve MODEL"
             )
-        if path == "/init_weight_transfer_engine" and ("not configured" in text or "Invalid init_info" in text):
+        if path == "/init_weight_transfer_engine" and "not configured" in text:
             return self._lacks_backend(text)
+        if path == "/init_weight_transfer_engine" and "Invalid init_info" in text:
+            return self._lacks_backend(text, ", or that of another version of twinkle_callbacks than the trainer's")
         return RolloutError(f"{self.name}{path} answered {response.status_code}: {text}")
 
-    def _lacks_backend(self, why: str) -> RolloutError:
+    def _lacks_backend(self, why: str, or_what: str = "") -> RolloutError:
         return RolloutError(
-            f"{self.name} does not run the weight-transfer backend {BACKEND!r} ({why}); install twinkle_callbacks "
+            f"{self.name} does not run the weight-transfer backend {BACKEND!r}{or_what} ({why}); install the "
+            f"trainer's version of twinkle_callbacks "
             f"""beside it and start it with: --weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
         )
 

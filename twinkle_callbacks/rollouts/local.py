@@ -88,6 +88,7 @@ class LocalRollout(Rollout):
         self._call("init_weight_transfer_engine", {"init_info": {"call": call}})
 
     def load_adapter(self, name: str, path: str) -> None:
+        self._check_place(name)
         parsed = AdapterPath.parse(path) or AdapterPath.attached(path)
         self._last_lora_id += 1
         version = new_version(name, self._last_lora_id, str(parsed), self._forget)
@@ -96,6 +97,19 @@ class LocalRollout(Rollout):
         except Exception as error:  # an in-process worker raises whatever it likes; a remote one RuntimeError
             raise RolloutError(f"the local vLLM cannot serve adapter {name!r}: {error}") from error
         self._adapters[name] = version
+
+    def _check_place(self, name: str) -> None:
+        """Whether an adapter may have this name and a slot, as a server checks it."""
+        config = self.llm.llm_engine.vllm_config.lora_config
+        if config is None:
+            raise RolloutError("this LLM runs without LoRA; make it with enable_lora=True")
+        if name in self.models():
+            raise RolloutError(f"{name!r} is the name of the base model; choose another adapter name")
+        if name not in self._adapters and len(self._adapters) >= config.max_loras:
+            raise RolloutError(
+                f"all {config.max_loras} adapter slots are taken (by {', '.join(sorted(self._adapters))}); make the "
+                f"LLM with max_loras={len(self._adapters) + 1}, or detach one"
+            )
 
     def _forget(self, lora_id: int) -> None:
         try:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from twinkle_callbacks.adapter_path import AdapterPath
-from twinkle_callbacks.config import ADAPTER_NAME_PATTERN
+from twinkle_callbacks.config import ADAPTER_NAME_PATTERN, MAX_ADAPTER_NAME_CHARS
 from twinkle_callbacks.errors import ConfigError
 from twinkle_callbacks.rollouts.base import Rollout
 from twinkle_callbacks.rollouts.http import HTTPRollout
@@ -62,12 +62,16 @@ class AdapterRegistry:
 
         Raises:
             ConfigError: the name or the folder is of another form.
-            AuthenticationError: the adapter is not this tenant's.
+            AuthenticationError: the adapter is not this tenant's, or the folder is not one that tenants may attach.
             RolloutError: vLLM refuses the adapter, the name is the base model's, or all slots are taken; what was
                 served is served on.
         """
         if not re.fullmatch(ADAPTER_NAME_PATTERN, name):
             raise ConfigError(f"adapter name {name!r}: give one without blanks, which requests can name as their model")
+        if len(name) > MAX_ADAPTER_NAME_CHARS:
+            raise ConfigError(
+                f"adapter name {name[:20]!r}... has {len(name)} characters: give at most {MAX_ADAPTER_NAME_CHARS}"
+            )
         if not PurePosixPath(folder).is_absolute():
             raise ConfigError(f"folder {folder!r}: give an absolute path, as it is on the rollout's host")
         self._rollout.load_adapter(name, folder)

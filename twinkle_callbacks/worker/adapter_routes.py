@@ -6,6 +6,9 @@ Runs in vLLM's API server, inside the `RouteGuard`; `twinkle-callbacks serve` ad
 share cached prefixes between what was and what is at a path, and read its files again at any later time, which kills
 the engine when they are gone. Here each load is a version of its own: requests under way end on the version they began
 with, later ones get the new one, and a version is forgotten when its last request has ended.
+
+A tenant attaches files only from below the folders that the server's owner allowed; the holder of the server's token
+any.
 """
 
 from __future__ import annotations
@@ -15,13 +18,19 @@ import contextlib
 import gc
 import json
 import logging
+import os
+import re
+from collections.abc import Collection
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from twinkle_callbacks import auth
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.adapter_versions import new_version
-from twinkle_callbacks.worker.asgi import ASGIApp, Receive, Scope, Send, answer, read_body, route_path
+from twinkle_callbacks.config import ADAPTER_NAME_PATTERN, MAX_ADAPTER_NAME_CHARS
+from twinkle_callbacks.errors import text_of
+from twinkle_callbacks.worker.asgi import ASGIApp, Receive, RefusedError, Scope, Send, answer, read_body, route_path
 from twinkle_callbacks.worker.guard import TENANT_SCOPE
 
 logger = logging.getLogger(__name__)
@@ -34,16 +43,13 @@ FORGET_TIMEOUT_S = 30.0
 MAX_WAITING = 4
 
 
-class _RefusedError(Exception):
-    """The answer to a request that cannot be done."""
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+# What vLLM puts in front of the error of a worker, with nothing after it: that error had no text.
+_WITHOUT_TEXT = re.compile(r"(method failed: |Worker failed with error '(None)?', please check .*)$", re.DOTALL)
 
 
 class _Request(NamedTuple):
     name: str
+    tenant: str
     path: str = ""
     load_inplace: bool = False
     is_3d_lora_weight: bool = False
@@ -58,7 +64,9 @@ class AdapterRoutes:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._forgotten: dict[int, asyncio.Event] = {}  # of the versions made here, by their id
+        # Versions that vLLM was not told to forget yet, by their id. The result: why that failed, empty if it did not.
+        self._unforgotten: dict[int, asyncio.Future[str]] = {}
+        self._loading: set[str] = set()  # names that get a slot at this moment
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,15 +75,15 @@ class AdapterRoutes:
             await self._app(scope, receive, send)
             return
         try:
-            request = _parse(await read_body(scope, receive))
-            if not auth.may_touch(scope.get(TENANT_SCOPE, ""), request.name):
-                raise _RefusedError(
-                    HTTPStatus.FORBIDDEN, f"adapter {request.name!r} is not one of tenant {scope[TENANT_SCOPE]!r}"
+            request = _parse(await read_body(scope, receive), scope.get(TENANT_SCOPE, ""))
+            if not auth.may_touch(request.tenant, request.name):
+                raise RefusedError(
+                    HTTPStatus.FORBIDDEN, f"adapter {request.name!r} is not one of tenant {request.tenant!r}"
                 )
             state = scope["app"].state
             _refuse_server(state)
             done = await (self._load if path == LOAD else self._unload)(state, request)
-        except _RefusedError as error:
+        except RefusedError as error:
             logger.warning("refused %s: %s", path, str(error))  # a log that kept the error would keep its version
             await answer(send, error.status, str(error))
         else:
@@ -87,24 +95,19 @@ class AdapterRoutes:
         path = _path_of(request)
         async with models.lora_resolver_lock[request.name]:  # vLLM's own routes and resolvers take it too
             known = models.lora_requests
-            max_loras = client.vllm_config.lora_config.max_loras
             if request.name in known and not request.load_inplace:
-                raise _RefusedError(
+                raise RefusedError(
                     HTTPStatus.BAD_REQUEST, f"adapter {request.name!r} is loaded; set load_inplace to replace it"
                 )
-            if request.name not in known and len(known) >= max_loras:
-                raise _RefusedError(
-                    HTTPStatus.CONFLICT,
-                    f"all {max_loras} adapter slots are taken (by {', '.join(sorted(known))}); start the server with "
-                    f"--max-loras {len(known) + 1}, or detach one",
-                )
-            version = self._new_version(models, client, request, path)
+            _refuse_full(client.vllm_config.lora_config.max_loras, known.keys() | self._loading, request.name)
+            self._loading.add(request.name)
             try:
-                await client.add_lora(version)
-            except Exception as error:  # vLLM's engine passes on whatever its loader raised
-                raise _RefusedError(HTTPStatus.BAD_REQUEST, f"adapter {request.name!r}: {error}") from error
-            known[request.name] = version
-            if len(self._forgotten) > len(known) + MAX_WAITING:
+                version = self._new_version(models, client, request, path)
+                await _add(client, version)
+                known[request.name] = version
+            finally:
+                self._loading.discard(request.name)
+            if len(self._unforgotten) > len(known) + MAX_WAITING:
                 asyncio.get_running_loop().call_soon(gc.collect)
         return f"adapter {request.name!r} is {path}"
 
@@ -116,7 +119,7 @@ class AdapterRoutes:
                 loop.call_soon_threadsafe(self._start_forgetting, client, lora_id)
 
         lora_id = models.lora_id_counter.inc(1)
-        self._forgotten[lora_id] = asyncio.Event()
+        self._unforgotten[lora_id] = loop.create_future()
         more = {"is_3d_lora_weight": True} if request.is_3d_lora_weight else {}
         return new_version(request.name, lora_id, str(path), forget, **more)
 
@@ -127,60 +130,71 @@ class AdapterRoutes:
 
     async def _forget(self, client: Any, lora_id: int) -> None:
         await asyncio.sleep(FORGET_AFTER_S)
+        failure = ""
         try:
             await client.remove_lora(lora_id)
-        except Exception as error:  # such as an engine that ended; there is nobody to tell
-            logger.warning("version %d of an adapter was not forgotten: %s", lora_id, error)
-        if (forgotten := self._forgotten.pop(lora_id, None)) is not None:
-            forgotten.set()
+        except Exception as error:  # such as an engine that ended; whoever detached it is told
+            failure = text_of(error)
+            logger.warning("version %d of an adapter was not forgotten: %s", lora_id, failure)
+        self._unforgotten.pop(lora_id).set_result(failure)
 
     async def _unload(self, state: Any, request: _Request) -> str:
         models, client = state.openai_serving_models, state.engine_client
         async with models.lora_resolver_lock[request.name]:
             known = models.lora_requests
             if request.name not in known:
-                raise _RefusedError(HTTPStatus.NOT_FOUND, f"there is no adapter {request.name!r}; {_listed(known)}")
+                raise RefusedError(HTTPStatus.NOT_FOUND, f"there is no adapter {request.name!r}; {_listed(known)}")
             under_way = _requests_of(client, request.name)
             if under_way:
-                raise _RefusedError(
+                raise RefusedError(
                     HTTPStatus.CONFLICT,
                     f"adapter {request.name!r} is in use by {under_way} requests; wait for them, then detach it",
                 )
             lora_id = known.pop(request.name).lora_int_id
-            forgotten = self._forgotten.get(lora_id)
+            forgotten = self._unforgotten.get(lora_id)
             if forgotten is None:  # loaded when the server started
+                forgotten = self._unforgotten[lora_id] = asyncio.get_running_loop().create_future()
                 self._start_forgetting(client, lora_id)
-            else:
-                gc.collect()
-                with contextlib.suppress(asyncio.TimeoutError):  # a request came in between; it ends first
-                    await asyncio.wait_for(forgotten.wait(), FORGET_TIMEOUT_S)
+            gc.collect()
+            await asyncio.wait([forgotten], timeout=FORGET_TIMEOUT_S)
+        if not forgotten.done():  # a request came in between, and ends first
+            return (
+                f"adapter {request.name!r} is detached for requests to come; its version is forgotten when those that "
+                f"hold it have ended, which took longer than {FORGET_TIMEOUT_S:g} s"
+            )
+        if failure := forgotten.result():
+            raise RefusedError(
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                f"adapter {request.name!r} is detached, but its version stays in the engine's memory: {failure}",
+            )
         return f"adapter {request.name!r} is detached"
 
 
-def _parse(body: bytes | None) -> _Request:
+def _parse(body: bytes | None, tenant: str) -> _Request:
     try:
         values = json.loads(body or b"")
         request = _Request(
             values["lora_name"],
+            tenant,
             values.get("lora_path", ""),
             bool(values.get("load_inplace", False)),
             bool(values.get("is_3d_lora_weight", False)),
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _RefusedError(
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RefusedError(
             HTTPStatus.BAD_REQUEST, f"not a JSON object with lora_name and lora_path: {error!r}"
         ) from None
     if not all(isinstance(text, str) for text in (request.name, request.path)) or not request.name:
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, "lora_name and lora_path are strings, and lora_name is not empty")
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "lora_name and lora_path are strings, and lora_name is not empty")
     return request
 
 
 def _refuse_server(state: Any) -> None:
     if state.engine_client.vllm_config.lora_config is None:
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, "this server runs without LoRA; start it with --enable-lora")
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "this server runs without LoRA; start it with --enable-lora")
     count = getattr(state.args, "api_server_count", None) or 1
     if count > 1:
-        raise _RefusedError(
+        raise RefusedError(
             HTTPStatus.BAD_REQUEST,
             f"this server has {count} API server processes, of which one would know the adapter; start it with "
             f"--api-server-count 1",
@@ -188,10 +202,35 @@ def _refuse_server(state: Any) -> None:
 
 
 def _refuse_name(models: Any, name: str) -> None:
+    if len(name) > MAX_ADAPTER_NAME_CHARS or not re.fullmatch(ADAPTER_NAME_PATTERN, name):
+        raise RefusedError(
+            HTTPStatus.BAD_REQUEST,
+            f"lora_name {name[:MAX_ADAPTER_NAME_CHARS]!r} has blanks or more than {MAX_ADAPTER_NAME_CHARS} characters",
+        )
     if models.is_base_model(name):
-        raise _RefusedError(
+        raise RefusedError(
             HTTPStatus.BAD_REQUEST, f"{name!r} is the name of the base model; choose another adapter_name"
         )
+
+
+def _refuse_full(max_loras: int, taken: Collection[str], name: str) -> None:
+    if name not in taken and len(taken) >= max_loras:
+        raise RefusedError(
+            HTTPStatus.CONFLICT,
+            f"all {max_loras} adapter slots are taken (by {', '.join(sorted(taken))}); start the server with "
+            f"--max-loras {len(taken) + 1}, or detach one",
+        )
+
+
+async def _add(client: Any, version: Any) -> None:
+    try:
+        await client.add_lora(version)
+    except Exception as error:  # vLLM's engine passes on whatever its loader raised
+        status = HTTPStatus.SERVICE_UNAVAILABLE if client.errored else HTTPStatus.BAD_REQUEST
+        text = text_of(error)
+        if _WITHOUT_TEXT.search(text):
+            text += " (an error without a text; the server's log has its type)"
+        raise RefusedError(status, f"adapter {version.lora_name!r}: {text}") from error
 
 
 def _path_of(request: _Request) -> AdapterPath:
@@ -204,10 +243,37 @@ def _path_of(request: _Request) -> AdapterPath:
     else:
         folder = path.folder
     if not folder:
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"adapter {request.name!r}: lora_path is missing")
+        raise RefusedError(HTTPStatus.BAD_REQUEST, f"adapter {request.name!r}: lora_path is missing")
     if not folder.startswith("/"):  # vLLM would look for it on a hub, in the middle of serving
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"lora_path {folder!r} is no absolute path on this server")
+        raise RefusedError(HTTPStatus.BAD_REQUEST, f"lora_path {folder!r} is no absolute path on this server")
+    if request.tenant:
+        folder = _allowed(request.tenant, folder)
     return AdapterPath.attached(folder)
+
+
+def _allowed(tenant: str, folder: str) -> str:
+    """The real path of a folder that a tenant may attach. Links, also those in it, count as what they lead to."""
+    allowed = auth.tenant_folders()
+    try:
+        roots = [os.path.realpath(root) for root in allowed]
+        real = os.path.realpath(folder)
+        if not _is_below(real, roots) or not all(_is_below(os.path.realpath(file), roots) for file in _listing(real)):
+            raise RefusedError(
+                HTTPStatus.FORBIDDEN,
+                f"tenant {tenant!r} may attach folders below {', '.join(allowed) or 'no folder'} of this server, not "
+                f"{folder!r}; its owner allows more with: twinkle-callbacks serve MODEL --tenant-folder DIR",
+            )
+    except (OSError, ValueError) as error:  # such as a path with a null character
+        raise RefusedError(HTTPStatus.BAD_REQUEST, f"lora_path {folder!r} cannot be read: {error}") from None
+    return real
+
+
+def _listing(folder: str) -> list[Path]:
+    return list(Path(folder).iterdir())
+
+
+def _is_below(path: str, roots: list[str]) -> bool:
+    return any(Path(path).is_relative_to(root) for root in roots)
 
 
 def _requests_of(client: Any, name: str) -> int:

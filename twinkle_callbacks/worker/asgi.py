@@ -15,6 +15,14 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_BODY_BYTES = 64 << 20
 
 
+class RefusedError(Exception):
+    """The answer to a request that cannot be done: its status and its text."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def route_path(scope: Scope) -> str:
     """The path that routing decides by: without the `--root-path` that a proxy may have left in front."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))

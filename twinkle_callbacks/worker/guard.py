@@ -11,22 +11,28 @@ clock. What was used is remembered in this process only: with several API server
 listener on an unencrypted network could replay a request once to each of the others.
 
 A tenant's signature opens only the routes for its adapters, which check whose adapter it is: `AdapterRoutes`, and the
-workers for what `init_weight_transfer_engine` brings them.
+workers for the signed message that `/init_weight_transfer_engine` brings them. That message must be of whoever signed
+the request, and is good once too; or a tenant could send what it saw of another on its way. What is no such message is
+refused here, before it reaches the workers: where all tensor-parallel ranks raise, their later replies are shifted.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from typing import NamedTuple
 
 from twinkle_callbacks import auth
+from twinkle_callbacks.config import BACKEND
 from twinkle_callbacks.errors import AuthenticationError
 from twinkle_callbacks.worker.asgi import (
     MAX_BODY_BYTES,
     ASGIApp,
     Message,
     Receive,
+    RefusedError,
     Scope,
     Send,
     answer,
@@ -37,8 +43,11 @@ from twinkle_callbacks.worker.asgi import (
 
 logger = logging.getLogger(__name__)
 
-MAX_NONCES = 100_000
+MAX_NONCES = 100_000  # of each signer, or one could lock out the others
+MAX_NONCE_CHARS = 2 * auth.NONCE_BYTES
 NONCE_LIFETIME_S = 2 * auth.MAX_CLOCK_SKEW_S  # the clock that signed may be ahead of this one
+
+_SAME_VERSION = "install the same version of twinkle_callbacks beside the trainer and beside vLLM"
 
 # Listed one by one: /v1/load_lora_adapter and /inference/v1/abort_requests show that a prefix says nothing.
 OPEN_PATHS = frozenset(
@@ -59,7 +68,8 @@ OPEN_PATHS = frozenset(
     }
 )
 TENANT_SCOPE = "twinkle_callbacks.tenant"  # where the guard leaves the tenant's name, empty for the server's token
-TENANT_PATHS = frozenset({"/init_weight_transfer_engine", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+MESSAGE_PATH = "/init_weight_transfer_engine"
+TENANT_PATHS = frozenset({MESSAGE_PATH, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 OPEN_PREFIXES = ("/v1/responses/", "/static/")  # by id of a response; style sheets of the offline documentation
 
 
@@ -80,7 +90,7 @@ class RouteGuard:
             raise AuthenticationError(
                 f"a server needs a token of its own; {auth.TOKEN_ENV} is that of tenant {tenant!r}"
             )
-        self._used: OrderedDict[str, float] = OrderedDict()  # nonce -> when it may be forgotten, oldest first
+        self._used: defaultdict[str, _Nonces] = defaultdict(_Nonces)  # by the tenant, empty for the server's token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or is_open(route_path(scope)):
@@ -100,27 +110,88 @@ class RouteGuard:
             await answer(send, 413, f"the body is larger than {MAX_BODY_BYTES} bytes or was cut off")
             return
         try:
-            signed = auth.check_request(self._token, signatures[0], scope["method"], _target(scope), body)
-            self._use(signed.nonce)
-        except AuthenticationError as error:
+            scope[TENANT_SCOPE] = self._admitted(scope, signatures[0], body)
+        except RefusedError as error:
             logger.warning("refused %s %r: %s", scope["method"], scope["path"], error)
-            await answer(send, 401, str(error))
+            await answer(send, error.status, str(error))
             return
-        if signed.tenant and route_path(scope) not in TENANT_PATHS:
-            await answer(send, 403, f"tenant {signed.tenant!r} may sync, attach and detach its adapters, nothing else")
-            return
-        scope[TENANT_SCOPE] = signed.tenant
         await self._app(scope, _replay(body, receive), send)
 
-    def _use(self, nonce: str) -> None:
+    def _admitted(self, scope: Scope, signature: str, body: bytes) -> str:
+        """The tenant that signed the request, empty for the server's token."""
+        try:
+            signed = auth.check_request(self._token, signature, scope["method"], _target(scope), body)
+        except AuthenticationError as error:
+            raise RefusedError(401, str(error)) from None
+        self._used[signed.tenant].use(signed.nonce)
+        if signed.tenant and route_path(scope) not in TENANT_PATHS:
+            raise RefusedError(403, f"tenant {signed.tenant!r} may sync, attach and detach its adapters, nothing else")
+        if route_path(scope) == MESSAGE_PATH and scope["method"] == "POST":
+            self._check_message(scope, signed.tenant, body)
+        return signed.tenant
+
+    def _check_message(self, scope: Scope, tenant: str, body: bytes) -> None:
+        if not _runs_our_backend(scope):
+            if tenant:
+                raise RefusedError(400, f"this server does not run the weight-transfer backend {BACKEND!r}")
+            return  # a message of another kind, which that backend reads
+        message = _message_in(body)
+        if message.tenant != tenant:
+            raise RefusedError(
+                403,
+                f"the message in the body is signed by {_named(message.tenant)}, the request by {_named(tenant)}; "
+                f"sign both with the same token",
+            )
+        self._used[tenant].use(message.nonce)
+
+
+class _Nonces:
+    """What one signer used up."""
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[str, float] = OrderedDict()  # nonce -> when it may be forgotten, oldest first
+
+    def use(self, nonce: str) -> None:
+        """Remembers a nonce, or refuses it."""
         now = time.monotonic()
-        while self._used and next(iter(self._used.values())) <= now:
-            self._used.popitem(last=False)
-        if nonce in self._used:
-            raise AuthenticationError("this signature was used before; sign each request anew")
-        if len(self._used) >= MAX_NONCES:
-            raise AuthenticationError(f"{MAX_NONCES} signed requests within {NONCE_LIFETIME_S:.0f} s; send fewer")
-        self._used[nonce] = now + NONCE_LIFETIME_S
+        while self._until and next(iter(self._until.values())) <= now:
+            self._until.popitem(last=False)
+        if not 0 < len(nonce) <= MAX_NONCE_CHARS:
+            raise RefusedError(401, f"a nonce has 1 to {MAX_NONCE_CHARS} characters, this one {len(nonce)}")
+        if nonce in self._until:
+            raise RefusedError(401, "this signature was used before; sign each request and each message anew")
+        if len(self._until) >= MAX_NONCES:
+            raise RefusedError(401, f"{MAX_NONCES} signed requests within {NONCE_LIFETIME_S:.0f} s; send fewer")
+        self._until[nonce] = now + NONCE_LIFETIME_S
+
+
+class _Message(NamedTuple):
+    """Of a signed message what the guard looks at; its MAC covers both, and is for the workers to check."""
+
+    tenant: str
+    nonce: str
+
+
+def _message_in(body: bytes) -> _Message:
+    try:
+        info = json.loads(body)["init_info"]  # as vLLM's route reads it, so of a key that is there twice, the last
+        [(kind, values)] = info.items()
+        message = _Message(values.get("tenant", ""), values["nonce"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RefusedError(400, f"init_info holds no one signed message ({error!r}); {_SAME_VERSION}") from None
+    if kind not in ("request", "call") or not all(isinstance(text, str) for text in message):
+        raise RefusedError(400, f"init_info holds no signed request or call, but {kind[:64]!r}; {_SAME_VERSION}")
+    return message
+
+
+def _runs_our_backend(scope: Scope) -> bool:
+    client = getattr(scope["app"].state, "engine_client", None)  # None on a server without an engine
+    config = None if client is None else client.vllm_config.weight_transfer_config
+    return config is not None and config.backend == BACKEND
+
+
+def _named(tenant: str) -> str:
+    return f"tenant {tenant[:64]!r}" if tenant else "the holder of the server's token"
 
 
 def is_open(path: str) -> bool:

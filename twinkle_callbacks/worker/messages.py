@@ -70,13 +70,13 @@ class _SignedMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """
         try:
             message = msgspec.convert(values, cls)
-            given = bytes.fromhex(message.mac)
+            given, expected = bytes.fromhex(message.mac), message._mac(auth.key_of(token, message.tenant))
         except (msgspec.ValidationError, ValueError) as error:
             raise ConfigError(
                 f"not a {cls.__name__} of this version of twinkle_callbacks ({error}); "
                 f"install the same version beside the trainer and beside vLLM"
             ) from None
-        if not auth.verify(message._mac(auth.key_of(token, message.tenant)), given):
+        if not auth.verify(expected, given):
             raise AuthenticationError(
                 f"the trainer has another token than this vLLM worker; give both the same {auth.TOKEN_ENV} or file"
             )
