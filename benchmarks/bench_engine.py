@@ -1,11 +1,12 @@
 """A checkpoint engine against raw broadcasts of the same bytes between the same processes, in turn, in one run.
 
     python benchmarks/bench_engine.py --engine gloo --json benchmarks/results/engine_gloo.json
+    python benchmarks/bench_engine.py --engine shm --against gloo --json benchmarks/results/engine_shm.json
 
 `1GiB`: a model of 1 GiB (one tensor of 128 MiB, the rest 2 to 16 MiB), against one raw broadcast of 1 GiB.
 `1GiB, verify off`: the same without digests, which the raw broadcast has none of either: the wire alone.
 `small`: 10,000 tensors of 4 KiB, against one broadcast for each. All with one receiver, and with two. Settings are the
-product's defaults where the case does not say otherwise.
+product's defaults where the case does not say otherwise. With `--against` another engine takes the broadcasts' place.
 """
 
 from __future__ import annotations
@@ -47,28 +48,29 @@ def sender(args: argparse.Namespace, kind: str, links: list[Connection], token: 
 
     world_size = len(links) + 1
     tensors = {f"t{i}": torch.randint(0, 255, (n,), dtype=torch.uint8) for i, n in enumerate(shapes(kind))}
-    group, store = raw_group(0, world_size)
-    for rank, link in enumerate(links, start=1):
-        link.send(("raw", rank, world_size, store.port))
-    raw = group()
-    buffers = raw_buffers(kind, list(tensors.values()))
+    if args.against:
+        other = joined_master(args.against, args, kind, links, token)
+        baseline_call = lambda: asyncio.run(other.send_weights(tensors.items()))  # noqa: E731
+    else:
+        group, store = raw_group(0, world_size)
+        for rank, link in enumerate(links, start=1):
+            link.send(("raw", rank, world_size, store.port))
+        raw = group()
+        buffers = raw_buffers(kind, list(tensors.values()))
+        baseline_call = lambda: broadcast(raw, buffers)  # noqa: E731
+    baseline_name = args.against or "raw"
     before = reset_peak_memory()
-    engine = make_engine(args, kind, token)
-    engine.is_master = True
-    metadata = engine.prepare()
-    for rank, link in enumerate(links, start=1):
-        link.send(("engine", rank, world_size, metadata))
-    engine.init_process_group(0, world_size, master_metadata=metadata)
+    engine = joined_master(args.engine, args, kind, links, token)
     ours, baseline = [], []
     peak = 0
     for round_ in range(args.rounds + 1):
         reset_peak_memory()
-        seconds = timed(links, "engine", lambda: asyncio.run(engine.send_weights(tensors.items())))
+        seconds = timed(links, args.engine, lambda: asyncio.run(engine.send_weights(tensors.items())))
         peak = max(peak, peak_memory() - before)
-        raw_seconds = timed(links, "raw", lambda: broadcast(raw, buffers))
+        baseline_seconds = timed(links, baseline_name, baseline_call)
         if round_:  # the first round warms both up
             ours.append(seconds)
-            baseline.append(raw_seconds)
+            baseline.append(baseline_seconds)
     peaks = []
     for link in links:
         link.send(("stop",))
@@ -84,15 +86,17 @@ def receiver(args: argparse.Namespace, kind: str, link: Connection, token: str) 
     from benchmarks.common import peak_memory, reset_peak_memory
 
     before = peak = 0
-    engine = raw = None
-    buffers = [torch.zeros(n, dtype=torch.uint8) for n in raw_sizes(kind)]
+    raw = None
+    engines: dict[str, Any] = {}
+    buffers = [] if args.against else [torch.zeros(n, dtype=torch.uint8) for n in raw_sizes(kind)]
     while (order := link.recv())[0] != "stop":
         if len(order) == 4 and order[0] == "raw":
             group, _ = raw_group(order[1], order[2], order[3])
             raw = group()
-            before = reset_peak_memory()
         elif len(order) == 4:
-            engine = make_engine(args, kind, token)
+            if order[0] == args.engine:
+                before = reset_peak_memory()
+            engine = engines[order[0]] = make_engine(order[0], args, kind, token)
             engine.prepare()
             engine.init_process_group(order[1], order[2], master_metadata=order[3])
         else:
@@ -102,11 +106,12 @@ def receiver(args: argparse.Namespace, kind: str, link: Connection, token: str) 
             if order[0] == "raw":
                 broadcast(raw, buffers)
             else:
-                asyncio.run(drain(engine))
+                asyncio.run(drain(engines[order[0]]))
+            if order[0] == args.engine:
                 peak = max(peak, peak_memory() - before)
             link.send("done")
     link.send(peak)
-    if engine is not None:
+    for engine in engines.values():
         engine.finalize()
 
 
@@ -131,10 +136,20 @@ def timed(links: list[Connection], what: str, send: Any) -> float:
     return time.perf_counter() - began
 
 
-def make_engine(args: argparse.Namespace, kind: str, token: str) -> Any:
+def joined_master(name: str, args: argparse.Namespace, kind: str, links: list[Connection], token: str) -> Any:
+    engine = make_engine(name, args, kind, token)
+    engine.is_master = True
+    metadata = engine.prepare()
+    for rank, link in enumerate(links, start=1):
+        link.send((name, rank, len(links) + 1, metadata))
+    engine.init_process_group(0, len(links) + 1, master_metadata=metadata)
+    return engine
+
+
+def make_engine(name: str, args: argparse.Namespace, kind: str, token: str) -> Any:
     from twinkle_callbacks.engines import get_engine
 
-    return get_engine(args.engine)(
+    return get_engine(name)(
         bucket_size=args.bucket_size_mb * MIB, timeout=TIMEOUT_S, token=token, verify=kind != VERIFY_OFF
     )
 
@@ -186,7 +201,7 @@ def run(args: argparse.Namespace, kind: str, receivers: int) -> dict[str, Any]:
     return case(
         kind if receivers == 1 else f"{kind}, {receivers} receivers",
         result["ours"],
-        "one raw broadcast for each tensor" if kind == "small" else "one raw broadcast of the same bytes",
+        baseline_of(args, kind),
         result["baseline"],
         total,
         peak_extra_mb=max(result["sender_peak"], result["receiver_peak"]) / 1e6,
@@ -198,9 +213,16 @@ def run(args: argparse.Namespace, kind: str, receivers: int) -> dict[str, Any]:
     )
 
 
+def baseline_of(args: argparse.Namespace, kind: str) -> str:
+    if args.against:
+        return f"engine {args.against}"
+    return "one raw broadcast for each tensor" if kind == "small" else "one raw broadcast of the same bytes"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="gloo", help="engine to measure (default: gloo)")
+    parser.add_argument("--against", help="engine that is the baseline (default: raw broadcasts)")
     parser.add_argument(
         "--bucket-size-mb", type=int, default=512, help="bucket size in MiB (default: 512, the product's)"
     )

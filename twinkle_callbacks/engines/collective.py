@@ -169,17 +169,16 @@ class CollectiveCheckpointEngine(CheckpointEngine):
         assert group.rendezvous is not None
         if not self.is_master:
             raise EngineError(f"rank {group.rank} is a receiver; only the master sends")
-        if group.sender is None:
-            group.sender = FrameSender(group.backend, self.bucket_size, verify=self.verify)
-        sender = group.sender
         group.streams += 1
         ranks, topic = range(1, group.world_size), f"ack/{group.streams}"
         iterator = iter(weights)
         try:
-            stats = sender.send(iterator)
+            if group.sender is None:
+                group.sender = FrameSender(group.backend, self.bucket_size, verify=self.verify)
+            stats = group.sender.send(iterator)
             acks = group.rendezvous.collect(topic, ranks, "acknowledge the stream")
         except EngineError as error:
-            if sender.source_failed:
+            if group.sender is not None and group.sender.source_failed:
                 raise
             raise _explain(error, group.rendezvous.posted(topic, ranks)) from error
         finally:
