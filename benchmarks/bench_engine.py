@@ -51,6 +51,7 @@ def sender(args: argparse.Namespace, kind: str, links: list[Connection], token: 
     if args.against:
         other = joined_master(args.against, args, kind, links, token)
         baseline_call = lambda: asyncio.run(other.send_weights(tensors.items()))  # noqa: E731
+        timed(links, args.against, baseline_call)  # takes the memory that it takes
     else:
         group, store = raw_group(0, world_size)
         for rank, link in enumerate(links, start=1):

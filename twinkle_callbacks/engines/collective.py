@@ -63,8 +63,9 @@ class _Group:
 
     def leave(self) -> None:
         """Lets go of everything; on the engine's thread if there is one."""
-        if self.receiver is not None:
-            self.receiver.close()
+        for end in (self.sender, self.receiver):
+            if end is not None:
+                end.close()
         if self.backend is not None:
             self.backend.close()
         if self.rendezvous is not None:

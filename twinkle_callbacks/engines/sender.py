@@ -3,14 +3,16 @@
 Each byte is copied once (tensor to bucket) before the wire. The plan of a stream is kept: a stream like the one before
 it is neither planned nor described again, and each of its buckets is announced before it is filled, so that receivers
 are ready for its pieces as they come. Both ends forget a layout when a stream ends that did not use it. Runs on the
-engine's thread.
+engine's thread; digests are computed on one more, from what was packed, while the next tensors are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,6 +93,13 @@ class FrameSender:
         self._sequence = 0
         self._source_s = 0.0
         self.source_failed = False
+        self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if verify else None
+        self._digesting: list[list[Future[None]]] = [[], []]  # of what is in either buffer
+
+    def close(self) -> None:
+        """Ends the digest thread."""
+        if self._digester is not None:
+            self._digester.shutdown(wait=False, cancel_futures=True)
 
     @torch.no_grad()
     def send(self, weights: Iterable[tuple[str, torch.Tensor]]) -> SendStats:
@@ -187,7 +196,8 @@ class FrameSender:
             self._add(entry)
             if self._verify:
                 last = entry.start + entry.nbytes == source.numel()
-                self._digest.add_chunk(entry.name, memory(place), first=entry.start == 0, last=last)
+                add = partial(self._digest.add_chunk, first=entry.start == 0, last=last)
+                self._start_digest(self._bucket.side, add, entry.name, memory(place))
 
     def _enter(self, chunk: Chunk) -> None:
         """Makes the chunk's bucket the open one, once its buffer is free, and announces it if it is like the last."""
@@ -253,11 +263,15 @@ class FrameSender:
         self._start_bucket(Kind.BUCKET, b"" if known else header, bucket.used, layout)
 
     def _digest_steps(self, bucket: _Bucket) -> None:
-        if self._verify:
-            self._digest.add_tensors(
-                (step.name for step in bucket.steps), (step.data for step in bucket.steps if step.data is not None)
-            )
+        if self._verify and bucket.steps:
+            names = [step.name for step in bucket.steps]
+            data = [step.data for step in bucket.steps if step.data is not None]
+            self._start_digest(bucket.side, self._digest.add_tensors, names, data)
         bucket.steps = []
+
+    def _start_digest(self, side: int, call: Callable[..., None], *args: Any) -> None:
+        assert self._digester is not None
+        self._digesting[side].append(self._digester.submit(call, *args))
 
     def _send_failure(self, error: BaseException) -> None:
         if self._bucket.announced is not None:
@@ -286,6 +300,10 @@ class FrameSender:
         self._on_the_wire[self._bucket.side].append((self._backend.broadcast(buffer), buffer))
 
     def _wait(self, side: int) -> None:
+        """Until the buffer may be filled again: it is sent, and its digests are computed."""
+        digesting, self._digesting[side] = self._digesting[side], []
+        for digest in digesting:
+            digest.result()
         under_way, self._on_the_wire[side] = self._on_the_wire[side], []
         for pending, _ in under_way:
             pending.wait()
