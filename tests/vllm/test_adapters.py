@@ -108,6 +108,10 @@ def test_a_base_that_the_server_does_not_hold_is_sent_before_the_adapter(lora_se
             token = auth.tenant_token(auth.load_token(), "other")
             with pytest.raises(RolloutError, match="a tenant may not replace it"):
                 synchronizer(lora_server, adapted(base_seed=7), "other", token=token).open()
+            settings: Any = {"rollouts": lora_server.url, "bucket_size_mb": 8, "timeout_s": 60}
+            with pytest.raises(RolloutError, match=r"base is not replaced for adapter 'other'.*\(math\)"):
+                _BaseSynchronizer(build("qwen3", seed=7), base_of="other", **settings).open()
+            assert_same(server_answers(lora_server.url, PROMPTS, "math"), expected)
     finally:
         with _BaseSynchronizer(build("qwen3", seed=0), rollouts=lora_server.url, bucket_size_mb=8, timeout_s=60):
             pass
