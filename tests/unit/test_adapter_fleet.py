@@ -173,8 +173,11 @@ def test_a_rollout_that_did_not_answer_is_not_asked_to_leave(policy: Any, rollou
 
 def test_after_a_refused_handshake_the_links_are_free_at_once(policy: Any, rollouts: list[AdapterRollout]) -> None:
     rollouts[1].store.refusal = RolloutError("the adapter is too large")
+    sync = synchronizer(policy, rollouts)
     with pytest.raises(RolloutError, match="the adapter is too large"):
-        synchronizer(policy, rollouts).open()
+        sync.open()
+    assert not sync.is_open
+    assert sync._fleet is None
     for rollout in rollouts:
         assert rollout.calls[-2:] == ["leave", "close"]
         assert rollout.links._links == {}

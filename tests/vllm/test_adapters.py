@@ -117,6 +117,17 @@ def test_a_base_that_the_server_does_not_hold_is_sent_before_the_adapter(lora_se
             pass
 
 
+def test_a_base_is_not_replaced_beneath_an_adapter_that_came_after_its_trainer(lora_server: Server) -> None:
+    settings: Any = {"rollouts": lora_server.url, "bucket_size_mb": 8, "timeout_s": 60}
+    with (
+        _BaseSynchronizer(build("qwen3", seed=0), base_of="math", **settings) as base,
+        synchronizer(lora_server, adapted(), "other"),
+    ):
+        with pytest.raises(SyncError, match=r"not replaced for adapter 'math'.*\(other\)") as caught:
+            base.push(version=1)
+        assert caught.value.phase == "check"
+
+
 class _Client(threading.Thread):
     """Asks one model again and again, and keeps what it was answered, in order."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,16 @@ def test_any_error_is_told_to_the_other_ranks(rank: Rank, error: Exception, told
     rank.init_transfer_engine(rank.parse_init_info({"call": call}))
     [failure] = rank.told
     assert (type(failure), str(failure)) == (type(told), str(told))
+
+
+def test_who_sent_whole_weights_earlier_leaves_the_link_of_the_next_alone(rank: Rank) -> None:
+    link: Any = SimpleNamespace(request=SimpleNamespace(client="next"), closed=0)
+    link.close = lambda: setattr(link, "closed", link.closed + 1)
+    rank._link = link
+    for client, closed in (("earlier", 0), ("next", 1), ("next", 1)):
+        TwinkleWeightTransferEngine._do(rank, AdapterCall(action=LEAVE, adapter="", client=client))
+        assert link.closed == closed
+    assert rank._link is None
 
 
 @pytest.mark.parametrize("body", [{"x": 1}, None, ["receive"]])
