@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -28,7 +29,19 @@ MAX_BUCKET_BYTES = 4 << 20
 
 
 class BaseFleet(Fleet):
-    """Takes rollouts that serve adapters through a push of the base below them."""
+    """Takes rollouts that serve adapters through a push of the base below them.
+
+    Args:
+        settings: the synchronizer's settings.
+        base_of: the only adapter that it may be replaced beneath; empty for any.
+    """
+
+    def __init__(self, settings: SyncSettings, base_of: str = "") -> None:
+        super().__init__(settings)
+        self._base_of = base_of
+
+    def _request(self, replica: Replica, metadata: dict[str, object], world_size: int) -> JoinRequest:
+        return msgspec.structs.replace(super()._request(replica, metadata, world_size), base_of=self._base_of)
 
     def _check_lora(self, replica: Replica) -> None:
         """Refuses none: servers with LoRA are what this is for, and without it is fine too."""
@@ -47,7 +60,8 @@ class AdapterFleet(Fleet):
         self.adapter = adapter
         self._path = AdapterPath.sent(0)
         self._comparisons = 0
-        self._base_commits: dict[str, list[int]] = {}  # of each rollout's workers, when it held the trainer's base
+        self._base_ids: list[list[str]] = []  # by rollout and worker, of the base when it was the trainer's; else none
+        self._others: list[set[str]] = []  # by rollout, the other adapters on its base when it was compared
 
     @property
     def _adapter_name(self) -> str:
@@ -95,51 +109,46 @@ class AdapterFleet(Fleet):
 
     def knows_base(self) -> bool:
         """Whether every rollout is known to hold the trainer's base, from before."""
-        return all(self._base_commits.get(replica.name) == _commits(replica) for replica in self.replicas)
+        return self._base_ids == [_base_ids(replica) for replica in self.replicas]
 
-    def compare_base(self, base: Digests) -> dict[str, str]:
+    def compare_base(self, base: Digests) -> list[str]:
         """Asks every worker whether it holds the trainer's base.
 
         Returns:
-            What differs, by the name of the rollout; empty where all hold it.
+            What differs, for each rollout in turn; empty where it holds it.
         """
         self._comparisons += 1
         self._each(lambda replica: self._call(replica, COMPARE, number=self._comparisons, base=base))
-        differing: dict[str, str] = {}
-        for replica in self.replicas:
-            answers = self._receipts_of(replica, f"compared-{self._comparisons}", Compared)
-            for answer in answers:
-                if answer.failure is not None:
-                    differing[replica.name] = f"it cannot be told ({answer.failure.message})"
-                elif answer.differing:
-                    few = first_few(answer.differing)
-                    differing[replica.name] = f"{len(answer.differing)} of {len(base)} tensors differ: {few}"
-            if replica.name not in differing:
-                self._base_commits[replica.name] = [answer.base_commits for answer in answers]
+        answers = [self._receipts_of(each, f"compared-{self._comparisons}", Compared) for each in self.replicas]
+        differing = [_difference(of_workers, len(base)) for of_workers in answers]
+        self._base_ids = [
+            [] if text else [worker.base_id for worker in of_workers]
+            for of_workers, text in zip(answers, differing, strict=True)
+        ]
+        self._others = [{name for worker in of_workers for name in worker.others} for of_workers in answers]
         return differing
 
-    def refuse_another_base(self, differing: dict[str, str]) -> None:
-        """Whether the base may be sent to rollouts that hold another one.
+    def refuse_another_base(self, differing: Sequence[str]) -> None:
+        """Whether the base may be sent to rollouts that hold another one. Their workers have the last word.
 
         Raises:
             RolloutError: this trainer is a tenant, or they serve other adapters, which were made for theirs.
         """
-        for replica in self.replicas:
-            if replica.name not in differing:
+        for replica, difference, others in zip(self.replicas, differing, self._others, strict=True):
+            if not difference:
                 continue
-            text = f"{replica.name} serves another base than the trainer adapts: {differing[replica.name]}"
+            text = f"{replica.name} serves another base than the trainer adapts: {difference}"
             if auth.tenant_of(self._token):
                 raise RolloutError(f"{text}; a tenant may not replace it, so start from the server's base")
-            others = [name for name in _lora(replica).adapters if name != self.adapter.name]
             if others:
                 raise RolloutError(
-                    f"{text}; it is not replaced, for it serves other adapters too ({', '.join(others)}); start from "
-                    f"the server's base, or detach them"
+                    f"{text}; it is not replaced, for other adapters are on it ({', '.join(sorted(others))}); start "
+                    f"from the server's base, or detach them"
                 )
             logger.info("%s; the base is sent once", text)
 
     def _begin(self, replica: Replica) -> None:
-        self._call(replica, RECEIVE, number=self._push, path=str(self._path))
+        self._call(replica, RECEIVE, number=self._push_number, path=str(self._path))
 
     def begin(self, version: int) -> None:
         self._path = AdapterPath.sent(version)
@@ -147,8 +156,8 @@ class AdapterFleet(Fleet):
 
     def check(self) -> None:
         """Whether the adapter is still for the base that the rollouts hold; the workers built it when staging."""
-        for replica in self.replicas:
-            if [staged.base_commits for staged in replica.staged] != self._base_commits.get(replica.name):
+        for replica, known in zip(self.replicas, self._base_ids, strict=True):
+            if [staged.base_id for staged in replica.staged] != known:
                 raise RolloutError(
                     f"the base of {replica.name} was replaced by another trainer since adapter {self.adapter.name!r} "
                     f"was connected; it goes on serving the adapter's last version"
@@ -175,5 +184,15 @@ def _lora(replica: Replica) -> LoRARuns:
     return runs
 
 
-def _commits(replica: Replica) -> list[int]:
-    return [runs.lora.base_commits if runs.lora is not None else -1 for runs in replica.joined]
+def _base_ids(replica: Replica) -> list[str]:
+    return [runs.lora.base_id for runs in replica.joined if runs.lora is not None]
+
+
+def _difference(answers: Sequence[Compared], tensors: int) -> str:
+    """What the workers of a rollout have that is not the trainer's base of so many tensors; empty for nothing."""
+    for answer in answers:
+        if answer.failure is not None:
+            return f"it cannot be told ({answer.failure.message})"
+        if answer.differing:
+            return f"{len(answer.differing)} of {tensors} tensors differ: {first_few(answer.differing)}"
+    return ""

@@ -7,12 +7,22 @@ once nobody does any more, vLLM is told to forget it.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+# Above those that people number their own adapters with. One count for the process, since several objects may give ids
+# to one engine, which takes an id that it knows for the version that it knows.
+_ids = itertools.count(1 << 20)
+
+
+def next_id() -> int:
+    """A `lora_int_id` for an engine in this process, where there is no server to give one. On any thread."""
+    return next(_ids)
 
 
 def new_version(name: str, lora_id: int, path: str, when_unused: Callable[[int], Any], **more: Any) -> LoRARequest:

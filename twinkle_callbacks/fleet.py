@@ -53,7 +53,8 @@ T = TypeVar("T")
 class Replica:
     """One rollout and the ranks of its workers in the engine's group.
 
-    `may_serve`: its weights are whole, and its version and caches are theirs.
+    `may_serve`: its weights are whole, and its version and caches are theirs. `linked`: its workers were invited into
+    the group, and it has answered since.
     """
 
     rollout: Rollout
@@ -63,6 +64,7 @@ class Replica:
     in_update: bool = False
     paused: bool = False
     may_serve: bool = True
+    linked: bool = False
 
     @property
     def name(self) -> str:
@@ -78,7 +80,7 @@ class Fleet:
         self.replicas: list[Replica] = []
         self._token = auth.load_token(settings.token)
         self._client = secrets.token_hex(8)
-        self._push = 0
+        self._push_number = 0
         self._version = 0
 
     def connect(self) -> None:
@@ -99,7 +101,7 @@ class Fleet:
             first_rank += size
         engine = self.engine = self._make_engine(rollouts)
         metadata = engine.prepare()
-        self._each(lambda replica: replica.rollout.join(self._invitation(replica, metadata, first_rank)))
+        self._each(lambda replica: self._invite(replica, metadata, first_rank))
         try:
             engine.init_process_group(0, first_rank, master_metadata=metadata)
         except TwinkleError as error:
@@ -107,8 +109,8 @@ class Fleet:
         for replica in self.replicas:
             replica.joined = self._receipts_of(replica, "joined", Joined)
             self._take_over(replica)
-        self._each(self._end_update)
         self._check_servers()
+        self._each(self._end_update)
         logger.info("synced with %s over engine %s", ", ".join(r.name for r in self.replicas), engine.name)
 
     def _take_over(self, replica: Replica) -> None:
@@ -136,8 +138,9 @@ class Fleet:
         engine.is_master = True
         return engine
 
-    def _invitation(self, replica: Replica, metadata: dict[str, object], world_size: int) -> dict[str, object]:
-        return self._request(replica, metadata, world_size).signed(self._token)
+    def _invite(self, replica: Replica, metadata: dict[str, object], world_size: int) -> None:
+        replica.rollout.join(self._request(replica, metadata, world_size).signed(self._token))
+        replica.linked = True
 
     def _request(self, replica: Replica, metadata: dict[str, object], world_size: int) -> JoinRequest:
         return JoinRequest(
@@ -182,19 +185,19 @@ class Fleet:
 
     def begin(self, version: int) -> None:
         """Lets the workers of each rollout receive what becomes `version`."""
-        self._push += 1
+        self._push_number += 1
         self._version = version
         self._each(self._begin)
 
     def _begin(self, replica: Replica) -> None:
         replica.rollout.start()
         replica.in_update = True
-        replica.rollout.update({"action": RECEIVE, "push": self._push})
+        replica.rollout.update({"action": RECEIVE, "push": self._push_number})
 
     def collect_staged(self) -> str:
         """Waits until every worker holds the whole stream. Returns its digest."""
         for replica in self.replicas:
-            replica.staged = self._receipts_of(replica, f"staged-{self._push}", Staged)
+            replica.staged = self._receipts_of(replica, f"staged-{self._push_number}", Staged)
             _raise_failure(replica, replica.staged)
         return self.replicas[0].staged[0].digest
 
@@ -203,8 +206,8 @@ class Fleet:
         self._each(self._check)
 
     def _check(self, replica: Replica) -> None:
-        replica.rollout.update({"action": CHECK, "push": self._push})
-        _raise_failure(replica, self._receipts_of(replica, f"checked-{self._push}", Checked))
+        replica.rollout.update({"action": CHECK, "push": self._push_number})
+        _raise_failure(replica, self._receipts_of(replica, f"checked-{self._push_number}", Checked))
 
     def located(self, error: TwinkleError) -> SyncError:
         """An error of the data plane, which knows ranks only, with the rollouts behind them."""
@@ -253,7 +256,7 @@ class Fleet:
             replica.may_serve = could_serve
             raise
         replica.in_update = False
-        committed = self._receipts_of(replica, f"committed-{self._push}", Committed)
+        committed = self._receipts_of(replica, f"committed-{self._push_number}", Committed)
         if any(worker.failure for worker in committed):
             replica.may_serve = all(worker.intact for worker in committed)
         _raise_failure(replica, committed)
@@ -291,18 +294,24 @@ class Fleet:
         for error in self._attempt_each(put_in_order).values():
             logger.error("%s could not be put in order: %s", ", ".join(error.rollouts), error)
         stopped = [replica.name for replica in self.replicas if not replica.may_serve]
-        self.disconnect()
+        self.leave()
         return stopped
 
     def leave(self) -> None:
-        """Lets the rollouts free their end of the engine, then disconnects."""
-        for error in self._attempt_each(lambda replica: self._call(replica, LEAVE)).values():
+        """Lets the rollouts that answer free their end of the engine, then disconnects. Idempotent."""
+
+        def leave(replica: Replica) -> None:
+            if replica.linked:
+                self._call(replica, LEAVE)
+
+        for error in self._attempt_each(leave).values():
             logger.info("%s keeps its end of the engine until the next trainer comes: %s", error.rollouts[0], error)
         self.disconnect()
 
     def _call(self, replica: Replica, action: str, **fields: Any) -> None:
         """Asks the workers of a rollout, which answer in a receipt if at all; `fields` are those of `AdapterCall`."""
-        replica.rollout.call(AdapterCall(action=action, adapter=self._adapter_name, **fields).signed(self._token))
+        call = AdapterCall(action=action, adapter=self._adapter_name, client=self._client, **fields)
+        replica.rollout.call(call.signed(self._token))
 
     @property
     def _adapter_name(self) -> str:
@@ -338,6 +347,8 @@ class Fleet:
             try:
                 call(replica)
             except TwinkleError as error:
+                if isinstance(error, (DeadlineError, RolloutUnreachableError)):
+                    replica.linked = False  # or each further call would wait as long again
                 return _concerning(replica, error)
             except Exception as error:  # one rollout's trouble may not keep the others from being put in order
                 logger.exception("%s: unexpected error", replica.name)

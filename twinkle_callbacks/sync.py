@@ -100,9 +100,9 @@ class WeightSynchronizer:
                 rollout and what to change. Raised on every rank, whatever `on_error` says: nothing can be synced.
             SyncError: the first push failed.
         """
-        self._connect()
-        self.is_open = True
         try:
+            self._connect()
+            self.is_open = True
             return self._push(version)
         except BaseException:
             self.close()
@@ -208,12 +208,17 @@ class WeightSynchronizer:
             return self._fleet or Fleet(self.settings)
         source = self._source
         assert isinstance(source, AdapterSource)
-        name = self.settings.adapter_name or source.adapter_name
-        adapter = Adapter(name, source.config, {spec.name: spec.shape for spec in source.specs()})
+        adapter = Adapter(self._served_name, source.config, {spec.name: spec.shape for spec in source.specs()})
         if not isinstance(self._fleet, AdapterFleet):
             return AdapterFleet(self.settings, adapter)
         self._fleet.adapter = adapter
         return self._fleet
+
+    @property
+    def _served_name(self) -> str:
+        """Under which the rollouts serve the adapter that travels alone."""
+        assert isinstance(self._source, AdapterSource)
+        return self.settings.adapter_name or self._source.adapter_name
 
     def _ensure_base(self) -> None:
         """Makes sure that the rollouts hold the base that the adapter was made for: compares, and sends if it must."""
@@ -231,21 +236,23 @@ class WeightSynchronizer:
         def digest(stream: Stream) -> None:
             digests.update(digests_of(stream))
 
-        def compare() -> dict[str, str]:
+        def compare() -> list[str]:
             return self._leading_adapter.compare_base(digests)
 
         failure = drain(self._group, base, digest)
         self._group.on_leader(lambda: _raise(failure))
         differing = self._group.on_leader(compare)
-        if not differing:
+        if not any(differing):
             return
         self._group.on_leader(lambda: self._leading_adapter.refuse_another_base(differing))
+        rollouts = [rollout for rollout, text in zip(self.settings.rollouts, differing, strict=True) if text]
         settings = dict(self.settings) | {"merge_and_sync": True, "adapter_name": None, "on_error": "raise"}
-        with _BaseSynchronizer(base, **cast("SyncOptions", settings)):
+        settings |= {"rollouts": rollouts}
+        with _BaseSynchronizer(base, base_of=self._served_name, **cast("SyncOptions", settings)):
             logger.info("the base was sent")
-        differing = self._group.on_leader(compare)
-        if differing:
-            raise RolloutError(f"the base was sent, and still: {differing}")
+        still = [text for text in self._group.on_leader(compare) if text]
+        if still:
+            raise RolloutError(f"the base was sent, and still: {'; '.join(still)}")
 
     def _refuse_engines_of_other_ranks(self) -> None:
         mine = not self._group.is_leader and any(isinstance(each, LocalRollout) for each in self.settings.rollouts)
@@ -258,7 +265,7 @@ class WeightSynchronizer:
     def _disconnect(self) -> None:
         self._connected = False
         if self._fleet is not None:
-            self._fleet.disconnect()
+            self._fleet.leave()
 
     def _push(self, version: int) -> SyncReport:
         try:
@@ -345,10 +352,16 @@ class WeightSynchronizer:
 
 
 class _BaseSynchronizer(WeightSynchronizer):
-    """Sends the base, once, to rollouts that serve adapters on it."""
+    """Sends the base, once, to rollouts that serve adapters on it; with `base_of`, if that is the only one."""
+
+    def __init__(
+        self, model: torch.nn.Module | WeightSource, base_of: str = "", **settings: Unpack[SyncOptions]
+    ) -> None:
+        super().__init__(model, **settings)
+        self._base_of = base_of
 
     def _prepared_fleet(self) -> Fleet:
-        return self._fleet or BaseFleet(self.settings)
+        return self._fleet or BaseFleet(self.settings, self._base_of)
 
 
 def _raise(failure: Exception | None) -> None:

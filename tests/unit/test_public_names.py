@@ -11,7 +11,10 @@ import pytest
 
 PUBLIC = {
     "twinkle_callbacks": {"SyncReport", "WeightSynchronizer", "__version__"},
-    "twinkle_callbacks.engines": {"CheckpointEngine", "GlooCheckpointEngine", "get_engine"},
+    "twinkle_callbacks.engines": {
+        *("CheckpointEngine", "get_engine"),
+        *("GlooCheckpointEngine", "SharedMemoryCheckpointEngine"),
+    },
     "twinkle_callbacks.rollouts": {"AdapterRegistry", "HTTPRollout", "LocalRollout"},
     "twinkle_callbacks.lightning": {"WeightSyncCallback"},
     "twinkle_callbacks.transformers": {"WeightSyncCallback"},

@@ -295,7 +295,7 @@ def test_an_update_left_open_by_a_dead_trainer_is_closed_by_the_handshake(
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        ({"lora": LoRARuns(2, 8, "float32", [])}, "two runs with enable_lora=True.*without --enable-lora"),
+        ({"lora": LoRARuns(2, 8, "float32")}, "two runs with enable_lora=True.*without --enable-lora"),
         ({"quantization": "fp8"}, "two runs a model quantized with fp8"),
         ({"vocab_size": 9}, "different models.*vocab_size=8.*vocab_size=9"),
     ],

@@ -40,18 +40,30 @@ def main() -> None:
         for one, expected in loaded:
             assert_same(answers(llm, lora_request=one), expected)
     assert_same(answers(llm), peft_answers(build("qwen3", seed=0)))
-    assert engine.remove_lora(loaded[0][0].lora_int_id)
+    assert all(engine.remove_lora(sent.lora_int_id) for sent, _ in loaded)
     push(llm)
 
 
 def push(llm: Any) -> None:
-    """Over the wire: both workers receive, and a trainer that is refused does not shift their replies."""
+    """Over the wire: both workers receive, and a trainer that is refused does not shift their replies.
+
+    A second trainer of the same engine has a rollout of its own, whose ids are others than those of the first.
+    """
+    from vllm.lora.request import LoRARequest
+
     rollout, trained = LocalRollout(llm), policy(4)
     settings: Any = {"rollouts": rollout, "merge_and_sync": False, "adapter_name": "pushed", "timeout_s": 60}
     with WeightSynchronizer(trained, **settings) as sync:
         with pytest.raises(RolloutError, match="kept fresh by another trainer"):
             WeightSynchronizer(trained, **settings).open()
         assert sync.push(version=1).version == 1
+        assert_same(answers(llm, lora_request=rollout.lora_request("pushed")), peft_answers(trained))
+        second, other = LocalRollout(llm), policy(5)
+        with WeightSynchronizer(other, **settings | {"rollouts": second, "adapter_name": "second"}):
+            assert_same(answers(llm, lora_request=second.lora_request("second")), peft_answers(other))
+            taken = rollout.lora_request("pushed").lora_int_id
+            with pytest.raises(Exception, match=f"id {taken} is taken by 'pushed'"):
+                llm.llm_engine.add_lora(LoRARequest("third", taken, str(AdapterPath.sent(0))))
         assert_same(answers(llm, lora_request=rollout.lora_request("pushed")), peft_answers(trained))
     assert_same(answers(llm), peft_answers(build("qwen3", seed=0)))
 

@@ -28,9 +28,11 @@ def main() -> None:
 
 
 def sync_through_errors(llm) -> None:  # type: ignore[no-untyped-def]
-    """A refused token and a push of the wrong model first: neither may shift the workers' replies."""
+    """A body that is no message, a refused token, a push of the wrong model: none may shift the workers' replies."""
     policy = build("qwen3", seed=1)
     before = answers(llm)
+    with pytest.raises(Exception, match="neither an invitation nor a call"):
+        llm.init_weight_transfer_engine({"init_info": {"x": 1}})
     with pytest.raises((AuthenticationError, RolloutError), match="another token"):
         WeightSynchronizer(policy, rollouts=LocalRollout(llm), token="w" * 32, timeout_s=60).open()
     with pytest.raises(SyncError, match="unexpected"):

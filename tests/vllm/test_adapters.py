@@ -108,9 +108,24 @@ def test_a_base_that_the_server_does_not_hold_is_sent_before_the_adapter(lora_se
             token = auth.tenant_token(auth.load_token(), "other")
             with pytest.raises(RolloutError, match="a tenant may not replace it"):
                 synchronizer(lora_server, adapted(base_seed=7), "other", token=token).open()
+            settings: Any = {"rollouts": lora_server.url, "bucket_size_mb": 8, "timeout_s": 60}
+            with pytest.raises(RolloutError, match=r"base is not replaced for adapter 'other'.*\(math\)"):
+                _BaseSynchronizer(build("qwen3", seed=7), base_of="other", **settings).open()
+            assert_same(server_answers(lora_server.url, PROMPTS, "math"), expected)
     finally:
         with _BaseSynchronizer(build("qwen3", seed=0), rollouts=lora_server.url, bucket_size_mb=8, timeout_s=60):
             pass
+
+
+def test_a_base_is_not_replaced_beneath_an_adapter_that_came_after_its_trainer(lora_server: Server) -> None:
+    settings: Any = {"rollouts": lora_server.url, "bucket_size_mb": 8, "timeout_s": 60}
+    with (
+        _BaseSynchronizer(build("qwen3", seed=0), base_of="math", **settings) as base,
+        synchronizer(lora_server, adapted(), "other"),
+    ):
+        with pytest.raises(SyncError, match=r"not replaced for adapter 'math'.*\(other\)") as caught:
+            base.push(version=1)
+        assert caught.value.phase == "check"
 
 
 class _Client(threading.Thread):

@@ -46,10 +46,10 @@ class CollectiveBackend(ABC):
         """
         return None
 
-    def release(self, side: int) -> None:
+    def release(self, side: int) -> None:  # noqa: B027  # nothing to do where no bucket is shared
         """On a receiver: lets the master fill this shared bucket again."""
 
-    def reclaim(self, side: int) -> None:
+    def reclaim(self, side: int) -> None:  # noqa: B027  # as `release`
         """On the master: waits until every receiver has released this shared bucket.
 
         Raises:

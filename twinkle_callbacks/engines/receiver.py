@@ -1,8 +1,9 @@
 """Receivers' end of the wire: reads frames into two buckets in turn and hands out views into them.
 
 A tensor that came whole is not copied at all; those that come in chunks are put together in a further buffer, as large
-as the largest of them. Where the backend shares the sender's buckets, they are the two. Views of a layout that comes again are kept, until a stream ends that did not use it. Runs on
-the engine's thread; digests are computed on one more, while the next bucket comes in.
+as the largest of them. Where the backend shares the sender's buckets, they are the two. Views of a layout that comes
+again are kept, until a stream ends that did not use it. Runs on the engine's thread; digests are computed on one more,
+while the next bucket comes in.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from twinkle_callbacks.adapter_path import AdapterPath
-from twinkle_callbacks.adapter_versions import new_version
+from twinkle_callbacks.adapter_versions import new_version, next_id
 from twinkle_callbacks.config import BACKEND
 from twinkle_callbacks.errors import ConfigError, RolloutError, TwinkleError
 from twinkle_callbacks.rollouts.base import Rollout
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
-
-FIRST_LORA_ID = 1 << 20  # above those that people number their own adapters with
 
 
 class LocalRollout(Rollout):
@@ -43,7 +42,7 @@ class LocalRollout(Rollout):
         self.llm = llm
         self._version = "default"
         self._adapters: dict[str, LoRARequest] = {}
-        self._last_lora_id = FIRST_LORA_ID - 1
+        self._unused: deque[int] = deque()  # ids of versions that ended, on whatever thread that was
 
     def world_size(self) -> int:
         return int(self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp)
@@ -85,18 +84,19 @@ class LocalRollout(Rollout):
         return str(self._call("get_weight_version")) if hasattr(self.llm, "get_weight_version") else self._version
 
     def call(self, call: dict[str, Any]) -> None:
+        self._forget_unused()
         self._call("init_weight_transfer_engine", {"init_info": {"call": call}})
 
     def load_adapter(self, name: str, path: str) -> None:
         self._check_place(name)
         parsed = AdapterPath.parse(path) or AdapterPath.attached(path)
-        self._last_lora_id += 1
-        version = new_version(name, self._last_lora_id, str(parsed), self._forget)
+        version = new_version(name, next_id(), str(parsed), self._unused.append)
         try:
             self.llm.llm_engine.add_lora(version)
         except Exception as error:  # an in-process worker raises whatever it likes; a remote one RuntimeError
             raise RolloutError(f"the local vLLM cannot serve adapter {name!r}: {error}") from error
         self._adapters[name] = version
+        self._forget_unused()
 
     def _check_place(self, name: str) -> None:
         """Whether an adapter may have this name and a slot, as a server checks it."""
@@ -111,15 +111,18 @@ class LocalRollout(Rollout):
                 f"LLM with max_loras={len(self._adapters) + 1}, or detach one"
             )
 
-    def _forget(self, lora_id: int) -> None:
-        try:
-            self.llm.llm_engine.remove_lora(lora_id)
-        except Exception as error:  # such as an engine that is being shut down
-            logger.info("version %d of an adapter was not forgotten: %s", lora_id, error)
+    def _forget_unused(self) -> None:
+        while self._unused:
+            lora_id = self._unused.popleft()
+            try:
+                self.llm.llm_engine.remove_lora(lora_id)
+            except Exception as error:  # such as an engine that is being shut down
+                logger.info("version %d of an adapter was not forgotten: %s", lora_id, error)
 
     def unload_adapter(self, name: str) -> None:
         self.lora_request(name)  # raises if there is none
         del self._adapters[name]
+        self._forget_unused()
 
     def adapters(self) -> dict[str, str]:
         return {name: version.lora_path for name, version in self._adapters.items()}

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from functools import partial
 
 from twinkle_callbacks.adapter_path import AdapterPath
+from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.buckets.packing import dtype_name
-from twinkle_callbacks.errors import ConfigError, RolloutError, TwinkleError
+from twinkle_callbacks.errors import ConfigError, RolloutError, WeightMismatchError
 from twinkle_callbacks.worker.adapters import AdapterStore
 from twinkle_callbacks.worker.base_digests import BaseDigests
-from twinkle_callbacks.worker.link import Link
+from twinkle_callbacks.worker.link import Link, alive
 from twinkle_callbacks.worker.messages import (
     COMPARE,
     LEAVE,
@@ -40,38 +41,61 @@ class AdapterLinks:
     Args:
         store: the worker's adapters; None if it runs without LoRA, which the trainer is told.
         base: digests of its base.
+        replicated: whether the worker is one of several data-parallel replicas.
     """
 
-    def __init__(self, store: AdapterStore | None, base: BaseDigests) -> None:
+    def __init__(self, store: AdapterStore | None, base: BaseDigests, *, replicated: bool = False) -> None:
         self._store = store
         self._base = base
+        self._replicated = replicated
         self._links: dict[str, Link] = {}
 
     def check(self, request: JoinRequest) -> None:
-        """Whether this trainer may have its adapter's link.
+        """Whether this trainer may have its adapter's link. Ends the links whose trainers are gone.
 
         Raises:
             RolloutError: another trainer keeps an adapter of this name, or there is no slot for one more.
         """
         assert request.adapter is not None
         name = request.adapter.name
+        there = alive(self._links.values())
+        for other, link in list(self._links.items()):
+            if link not in there:
+                self._close(other)
         known = self._links.get(name)
-        if known is not None and known.request.client != request.client and known.is_alive():
+        if known is not None and known.request.client != request.client:
             raise RolloutError(
                 f"adapter {name!r} is kept fresh by another trainer; choose another adapter_name, or close that trainer"
             )
         if self._store is None:
             return
-        held = set(self._store.names())
-        for other, link in list(self._links.items()):
-            if other not in held | {name} and not link.is_alive():
-                self._close(other)
-        held |= set(self._links)
+        held = {*self._store.names(), *self._links}
         if name not in held and len(held) >= self._store.max_loras:
             raise RolloutError(
                 f"all {self._store.max_loras} adapter slots are taken (by {', '.join(sorted(held))}); start the server "
                 f"with --max-loras {len(held) + 1}, or detach one: twinkle-callbacks adapters detach URL NAME"
             )
+
+    def check_base(self, base_of: str) -> None:
+        """Whether the base may be replaced by that of one adapter: not beneath others, which were made for this one.
+
+        Args:
+            base_of: the adapter's name; empty where the base may be replaced whatever there is.
+
+        Raises:
+            RolloutError: there are others.
+        """
+        if base_of and (others := self._others(base_of)):
+            raise RolloutError(
+                f"the base is not replaced for adapter {base_of!r}, for other adapters are on it "
+                f"({', '.join(others)}); start from the server's base, or detach them"
+            )
+
+    def _others(self, name: str) -> list[str]:
+        """The adapters but one: those that are loaded, and those whose trainers are there. On any thread."""
+        loaded = set() if self._store is None else set(self._store.names())
+        links = {link: other for other, link in list(self._links.items()) if other not in loaded | {name}}
+        return sorted((loaded | {links[link] for link in alive(links)}) - {name})
 
     def join(self, link: Link, rank: int, describe: Callable[[LoRARuns | None], Joined]) -> None:
         """Puts a link in the place of the one that its adapter had, and starts joining."""
@@ -79,37 +103,47 @@ class AdapterLinks:
         adapter = link.request.adapter
         self._close(adapter.name)
         self._links[adapter.name] = link
-        link.join(rank, lambda: describe(self.runs(adapter)))
 
-    def runs(self, adapter: Adapter | None) -> LoRARuns | None:
-        """How this worker runs LoRA, and why it cannot serve `adapter`, if it cannot. On a link's thread."""
+        def described() -> Joined:
+            link.refusal = self._refusal(adapter)
+            return describe(self.runs(link.refusal))
+
+        link.join(rank, described)
+
+    def runs(self, refusal: Failure | None = None) -> LoRARuns | None:
+        """How this worker runs LoRA, and why it cannot serve a trainer's adapter, if it cannot. On a link's thread."""
         store = self._store
         if store is None:
             return None
-        refusal = None
-        if adapter is not None:
-            try:
-                store.check(adapter.name, adapter.config, adapter.shapes)
-            except TwinkleError as error:
-                refusal = Failure.of(error)
-        return LoRARuns(
-            store.max_loras,
-            store.max_lora_rank,
-            dtype_name(store.lora_dtype),
-            store.names(),
-            self._base.commits,
-            refusal,
-        )
+        return LoRARuns(store.max_loras, store.max_lora_rank, dtype_name(store.lora_dtype), self._base.id, refusal)
+
+    def _refusal(self, adapter: Adapter) -> Failure | None:
+        try:
+            if self._store is None:
+                raise RolloutError("this server runs without LoRA; start it with --enable-lora")
+            if self._replicated:
+                raise RolloutError(
+                    "this server runs data-parallel replicas, which would not change to a version together; start a "
+                    "server for each of them and list their URLs, or set merge_and_sync=True"
+                )
+            self._store.check(adapter.name, adapter.config, adapter.shapes)
+        except Exception as error:  # whatever vLLM's code raises; told to the trainer
+            return Failure.of(error)
+        return None
 
     def call(self, call: AdapterCall) -> None:
         """Does what the trainer asks, in the background; it is told in a receipt.
 
         Raises:
-            RolloutError: no trainer of this adapter has joined.
+            RolloutError: no trainer of this adapter has joined, or another one than asks.
             ConfigError: no such action.
         """
         link = self._links.get(call.adapter)
-        if call.action == LEAVE:
+        if link is not None and link.request.client != call.client:
+            if call.action != LEAVE:
+                raise RolloutError(f"adapter {call.adapter!r} is kept fresh by another trainer by now")
+            logger.info("a trainer of adapter %r left late; another one has come since", call.adapter)
+        elif call.action == LEAVE:
             self._close(call.adapter)
         elif link is None:
             raise RolloutError(f"the trainer of adapter {call.adapter!r} has not joined, or has left")
@@ -123,32 +157,36 @@ class AdapterLinks:
         else:
             raise ConfigError(f"an adapter's trainer cannot ask for {call.action!r}")
 
-    def _keep(self, link: Link, path: AdapterPath, stage: Stage) -> int:
+    def _keep(self, link: Link, path: AdapterPath, stage: Stage) -> str:
         adapter = link.request.adapter
         assert adapter is not None
-        if self._store is None:
-            raise RolloutError("this server runs without LoRA; start it with --enable-lora")
-        shapes = {name: tuple(tensor.shape) for name, tensor in stage.tensors.items()}
-        if shapes != adapter.shapes:
-            raise RolloutError(f"adapter {adapter.name!r} has other tensors than its trainer said when it joined")
-        self._store.put(adapter.name, path, adapter.config, stage.tensors)
-        return self._base.commits
+        assert self._store is not None, "or the link had been refused"
+        if missing := stage.missing():
+            raise WeightMismatchError(
+                f"{len(missing)} tensors of adapter {adapter.name!r} that its trainer announced when it joined did not "
+                f"come: {first_few(missing)}"
+            )
+        self._store.put(adapter.name, path, adapter.config, stage.tensors, wanted=lambda: not link.closed)
+        return self._base.id
 
     def _compare(self, link: Link, call: AdapterCall) -> None:
-        commits = self._base.commits  # before it is looked at, which takes a while
+        differing, failure, base_id = list[str](), None, ""
         try:
-            compared = Compared(self._base.differing(call.base), base_commits=commits)
+            differing, base_id = self._base.differing(call.base)
         except Exception as error:  # whatever reading the checkpoint raises; told to the trainer
             logger.warning("cannot tell whether the base is that of adapter %r: %s", call.adapter, error)
-            compared = Compared(failure=Failure.of(error), base_commits=self._base.commits)
-        link.post(f"compared-{call.number}", compared)
+            failure = Failure.of(error)
+        link.post(f"compared-{call.number}", Compared(differing, failure, base_id, self._others(call.adapter)))
 
     def close(self) -> None:
-        """Ends all links; what they sent stays served."""
+        """Ends all links; what they sent and is loaded stays served."""
         for name in list(self._links):
             self._close(name)
 
     def _close(self, name: str) -> None:
         link = self._links.pop(name, None)
-        if link is not None:
-            link.close()
+        if link is None:
+            return
+        link.close()
+        if self._store is not None:
+            self._store.discard(name)  # what came and nobody loaded

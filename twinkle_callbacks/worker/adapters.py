@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,14 @@ class AdapterStore:
         """
         check_adapter(self.manager, name, config, shapes)
 
-    def put(self, name: str, path: AdapterPath, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def put(
+        self,
+        name: str,
+        path: AdapterPath,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Keeps a version until it is loaded by `add_lora`; one of the same name that was not loaded yet is dropped.
 
         Runs on any thread while the model generates. The tensors are taken over: packing scales lora_B in place.
@@ -121,24 +128,27 @@ class AdapterStore:
             path: of the version, as the `LoRARequest` will carry it.
             config: what PEFT writes into `adapter_config.json`.
             tensors: those of `adapter_model.safetensors`: lora_A [rank, in], lora_B [out, rank], on any device.
+            wanted: whether it is still to be kept; called under the lock, so that a `discard` after it turned false
+                leaves nothing behind.
 
         Raises:
-            RolloutError: vLLM refuses the adapter.
+            RolloutError: vLLM refuses the adapter, or it is not wanted any more.
         """
         with self._lock:
+            _refuse_unwanted(name, wanted)
             self._waiting.pop(name, None)
         try:
             model = _build(self.manager, config, tensors)
         except Exception as error:  # vLLM has no error type of its own for this
             raise RolloutError(f"vLLM refuses adapter {name!r}: {error}") from error
         with self._lock:
+            _refuse_unwanted(name, wanted)
             self._waiting[name] = _Version(name, str(path), model)
 
-    def discard(self, path: AdapterPath) -> None:
-        """Drops a version that was put and will not be loaded; nothing happens if there is none."""
+    def discard(self, name: str) -> None:
+        """Drops what was put under a name and will not be loaded; nothing happens if there is nothing."""
         with self._lock:
-            for name in [name for name, version in self._waiting.items() if version.path == str(path)]:
-                del self._waiting[name]
+            self._waiting.pop(name, None)
 
     def add(self, loader: Any, request: LoRARequest) -> bool:
         """Loads a version and gives it a slot, for vLLM's `add_lora`. A collective of the replica's ranks.
@@ -148,7 +158,8 @@ class AdapterStore:
 
         Args:
             loader: vLLM's `LRUCacheWorkerLoRAManager`, which reads files.
-            request: its `load_inplace` replaces what the id has loaded.
+            request: its `load_inplace` replaces what the id has loaded; else an id that has another path loaded is
+                refused.
 
         Raises:
             Exception: what went wrong, on the last rank only.
@@ -160,6 +171,11 @@ class AdapterStore:
         try:
             if before is None or before.stands_in or request.load_inplace:
                 version = self._load(loader, request)
+            elif before.path != request.lora_path:
+                raise RolloutError(
+                    f"adapter id {lora_id} is taken by {before.name!r} ({before.path}), so {request.lora_name!r} "
+                    f"({request.lora_path}) needs an id of its own"
+                )
         except Exception as error:
             failure = error
         # Before anything is evicted: vLLM wants the same adapters on all ranks.
@@ -283,6 +299,11 @@ class AdapterStore:
                 manager.deactivate_adapter(_least_used(manager._active_adapters, batch))
             manager._last_mapping = None  # before 0.32 an unchanged batch keeps the slots it was mapped to
         manager.activate_adapter(lora_id)
+
+
+def _refuse_unwanted(name: str, wanted: Callable[[], bool]) -> None:
+    if not wanted():
+        raise RolloutError(f"the trainer of adapter {name!r} has left")
 
 
 def _ids(mapping: Any) -> set[int]:

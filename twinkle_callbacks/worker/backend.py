@@ -33,7 +33,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from twinkle_callbacks import auth
 from twinkle_callbacks.buckets.frames import Failure
-from twinkle_callbacks.errors import EngineError, TwinkleError
+from twinkle_callbacks.errors import ConfigError, EngineError, RolloutError, TwinkleError, text_of
 from twinkle_callbacks.worker.adapter_links import AdapterLinks
 from twinkle_callbacks.worker.adapters import AdapterStore
 from twinkle_callbacks.worker.base_digests import BaseDigests
@@ -60,18 +60,26 @@ logger = logging.getLogger("vllm.twinkle_callbacks")  # a child of vLLM's logger
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Body of `init_weight_transfer_engine`: a signed `JoinRequest`, or a signed `AdapterCall`."""
+    """Body of `init_weight_transfer_engine`: a signed `JoinRequest`, or a signed `AdapterCall`.
+
+    `unreadable` says why it is neither, empty if it may be one.
+    """
 
     request: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
+    unreadable: str = ""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Body of `update_weights`: start receiving push number `push`, check it, or abort the open session."""
+    """Body of `update_weights`: start receiving push number `push`, check it, or abort the open session.
+
+    `unreadable` says why it is none of these, empty if it may be one.
+    """
 
     action: str = RECEIVE
     push: int = 0
+    unreadable: str = ""
 
 
 class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -93,24 +101,51 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._staged: Future[Stage] | None = None
         self._check = LoadCheck(vllm_config)
         self._base = BaseDigests(vllm_config, model)
-        self._adapters = AdapterLinks(AdapterStore.of(model), self._base)
+        parallel = vllm_config.parallel_config
+        # vLLM tells replicas of a model without experts that they are alone, but not that they are the first.
+        replicated = parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0
+        self._adapters = AdapterLinks(AdapterStore.of(model), self._base, replicated=replicated)
+
+    def parse_init_info(self, init_dict: Any) -> InitInfo:
+        """Reads any body, for what vLLM's own parsing raises would be raised on every rank: see `ranks.py`."""
+        try:
+            info: InitInfo = super().parse_init_info(init_dict)
+        except (TypeError, ValueError) as error:
+            info = InitInfo(unreadable=str(error.__cause__ or error))
+        return info
+
+    def parse_update_info(self, update_dict: Any) -> UpdateInfo:
+        """Reads any body, as `parse_init_info`."""
+        try:
+            info: UpdateInfo = super().parse_update_info(update_dict)
+        except (TypeError, ValueError) as error:
+            info = UpdateInfo(unreadable=str(error.__cause__ or error))
+        return info
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Leaves an earlier group, if any, and joins the one the trainer invites to; or does what a call asks.
 
         Raises:
-            AuthenticationError, ConfigError, RolloutError: on the last rank only, and then no rank has left its group.
+            TwinkleError: on the last rank only, and then no rank has left its group.
         """
         failure: TwinkleError | None = None
         link: Link | None = None
         try:
             token = auth.load_token()
+            if init_info.unreadable:
+                raise ConfigError(
+                    f"the body is neither an invitation nor a call of this version of twinkle_callbacks "
+                    f"({init_info.unreadable}); install the same version beside the trainer and beside vLLM"
+                )
             if init_info.call:
                 self._do(AdapterCall.opened(init_info.call, token))
             else:
                 link = self._admitted(JoinRequest.opened(init_info.request, token), token)
-        except TwinkleError as error:  # anything else would leave the other ranks waiting in `agree`
+        except TwinkleError as error:
             failure = error
+        except Exception as error:  # which would leave the other ranks waiting in `agree`
+            logger.exception("unexpected error")
+            failure = RolloutError(f"{type(error).__name__}: {text_of(error)}")
         agree(failure)
         if link is None or failure is not None:
             return  # another rank has raised for all, or it was a call
@@ -122,18 +157,23 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         self._leave()
         self._link = link
-        link.join(rank, lambda: self._describe(self._adapters.runs(None)))
+        link.join(rank, lambda: self._describe(self._adapters.runs()))
 
     def _admitted(self, request: JoinRequest, token: str) -> Link:
         if request.adapter is not None:
             self._adapters.check(request)
+        else:
+            self._adapters.check_base(request.base_of)
         return Link(request, token)
 
     def _do(self, call: AdapterCall) -> None:
         if call.adapter:
             self._adapters.call(call)
-        elif call.action == LEAVE:
-            self._leave()
+        elif call.action == LEAVE and self._link is not None:
+            if self._link.request.client == call.client:
+                self._leave()
+            else:
+                logger.info("a trainer left late; another one has come since")
 
     def _describe(self, lora: LoRARuns | None) -> Joined:
         import vllm
@@ -160,6 +200,9 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Starts receiving and returns at once, or checks; what goes wrong is told in the receipts."""
+        if update_info.unreadable:
+            logger.error("update_weights came with a body that cannot be read: %s", update_info.unreadable)
+            return
         self._aborted = update_info.action == ABORT
         if self._aborted:
             self._staged = None
@@ -171,10 +214,10 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._push = update_info.push
             self._staged = self._link.receive(update_info.push, self._keep)
 
-    def _keep(self, stage: Stage) -> int:
+    def _keep(self, stage: Stage) -> str:
         if self.vllm_config.lora_config is not None:
             stage.digest_each()  # here, since nothing waits for this thread
-        return self._base.commits
+        return self._base.id
 
     def _report_check(self) -> None:
         if self._staged is None or self._link is None:
@@ -220,8 +263,11 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _checked(self, staged: Future[Stage]) -> tuple[Stage, Exception | None]:
         try:
-            stage = staged.result(self._link.request.timeout_s if self._link is not None else 0)
+            if self._link is None:
+                raise EngineError("the trainer has left")
+            stage = staged.result(self._link.request.timeout_s)
             self._check(stage.tensors)
+            self._adapters.check_base(self._link.request.base_of)  # others may have come since it was admitted
         except Exception as error:  # told to the trainer, whatever it is: see the module docstring
             return Stage(verify=False), error
         return stage, None

@@ -7,6 +7,7 @@ loaded, read once more from its files.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,14 @@ _FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", 
 
 
 class BaseDigests:
-    """What one worker's base weights are. Safe to use from several links at a time."""
+    """What one worker's base weights are. Safe to use from several links at a time.
+
+    Attributes:
+        id: random, of the base as it is now; also a worker that starts again on another checkpoint has another one.
+    """
 
     def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module) -> None:
-        self.commits = 0
+        self.id = _new_id()
         self._vllm_config = vllm_config
         self._model = model
         self._committed: Digests | None = None
@@ -39,15 +44,15 @@ class BaseDigests:
 
     def begin_commit(self) -> None:
         """The base is about to change; unknown until `committed`."""
-        self.commits += 1
         self._broken = True
+        self.id = _new_id()
 
     def committed(self, digests: Digests) -> None:
         """The base is now of these digests."""
         self._committed, self._broken = digests, False
 
-    def differing(self, base: Mapping[str, tuple[str, str]]) -> list[str]:
-        """Names of the tensors that this worker has with another dtype or value, or does not have.
+    def differing(self, base: Mapping[str, tuple[str, str]]) -> tuple[list[str], str]:
+        """Names of the tensors that this worker has with another dtype or value, or does not have, and the base's id.
 
         Args:
             base: dtype and digest of each tensor as the trainer has it. What a file has in another dtype is cast first,
@@ -57,10 +62,14 @@ class BaseDigests:
             RolloutError: it cannot be told.
         """
         with self._lock:
+            compared = self.id
             if self._broken:
                 raise RolloutError("a commit of the base broke off")
             held = self._committed if self._committed is not None else self._of_files(base)
-            return [name for name, wanted in base.items() if held.get(name) != tuple(wanted)]
+            names = [name for name, wanted in base.items() if held.get(name) != tuple(wanted)]
+            if self.id != compared:
+                raise RolloutError("the base was replaced while it was compared; sync again")
+            return names, compared
 
     def _of_files(self, base: Mapping[str, tuple[str, str]]) -> Digests:
         unread = {name for name, (dtype, _) in base.items() if self._read.get(name, ("",))[0] != dtype}
@@ -79,3 +88,7 @@ class BaseDigests:
         logger.info("reading %s once more, to compare it with a trainer's base", self._vllm_config.model_config.model)
         loader: Any = DefaultModelLoader(config)
         yield from loader.get_all_weights(self._vllm_config.model_config, self._model)
+
+
+def _new_id() -> str:
+    return secrets.token_hex(8)

@@ -121,6 +121,8 @@ class JoinRequest(_SignedMessage, frozen=True, kw_only=True, forbid_unknown_fiel
         verify: whether the worker compares the digest of every tensor.
         client: of the synchronizer that invites, random; tells one that comes again from another one.
         adapter: the adapter that will be sent; None for whole weights.
+        base_of: with whole weights: the adapter that they are the base of, which may not be replaced beneath others;
+            empty where it may.
     """
 
     engine: str
@@ -132,6 +134,7 @@ class JoinRequest(_SignedMessage, frozen=True, kw_only=True, forbid_unknown_fiel
     verify: bool
     client: str = ""
     adapter: Adapter | None = None
+    base_of: str = ""
 
     @property
     def touches(self) -> str:
@@ -143,7 +146,8 @@ class AdapterCall(_SignedMessage, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         action: `receive`, `compare` or `leave`.
-        adapter: its name.
+        adapter: its name; empty for `leave` of who sends whole weights.
+        client: that of the `JoinRequest`, so that what comes late leaves the link of the next trainer alone.
         number: of the push or the comparison; its receipt is `staged-<number>` or `compared-<number>`.
         path: of the version to receive, as `AdapterPath` writes it.
         base: to compare: dtype and XXH3-64 digest (hexadecimal) of each tensor of the base, by its name.
@@ -151,6 +155,7 @@ class AdapterCall(_SignedMessage, frozen=True, kw_only=True, forbid_unknown_fiel
 
     action: str
     adapter: str
+    client: str = ""
     number: int = 0
     path: str = ""
     base: dict[str, tuple[str, str]] = {}
@@ -163,14 +168,13 @@ class AdapterCall(_SignedMessage, frozen=True, kw_only=True, forbid_unknown_fiel
 class LoRARuns(msgspec.Struct, frozen=True):
     """How a worker runs LoRA, and why it cannot serve the adapter that the trainer wants to send, if it cannot.
 
-    `base_commits` counts the commits of whole weights since the worker began: another number, another base.
+    `base_id` is random, made when the worker begins and anew at each commit of whole weights: another id, another base.
     """
 
     max_loras: int
     max_lora_rank: int
     dtype: str
-    adapters: list[str]
-    base_commits: int = 0
+    base_id: str = ""
     refusal: Failure | None = None
 
 
@@ -197,21 +201,26 @@ class Joined(msgspec.Struct, frozen=True):
 class Staged(msgspec.Struct, frozen=True):
     """A worker holds the whole stream, and its digests agree; or why not.
 
-    `base_commits` is that of `LoRARuns`, at that time.
+    `base_id` is that of `LoRARuns`, at that time.
     """
 
     tensors: int = 0
     digest: str = ""
     failure: Failure | None = None
-    base_commits: int = 0
+    base_id: str = ""
 
 
 class Compared(msgspec.Struct, frozen=True):
-    """Names of the base's tensors that a worker has with other values or not at all; or why it cannot tell."""
+    """Names of the base's tensors that a worker has with other values or not at all; or why it cannot tell.
+
+    `base_id` is that of the base that was compared, `others` the adapters on it except the trainer's own: loaded, or
+    kept fresh by a trainer.
+    """
 
     differing: list[str] = []
     failure: Failure | None = None
-    base_commits: int = 0
+    base_id: str = ""
+    others: list[str] = []
 
 
 class Checked(msgspec.Struct, frozen=True):
