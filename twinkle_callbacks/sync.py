@@ -331,6 +331,7 @@ class WeightSynchronizer:
         def send(stream: Stream) -> None:
             engine = self._leading.engine
             assert engine is not None
+            engine.lasts = self._source.lasts
             _run(lambda: engine.send_weights(stream))
 
         failure = drain(self._group, self._source, send)

@@ -13,7 +13,7 @@ PUBLIC = {
     "twinkle_callbacks": {"SyncReport", "WeightSynchronizer", "__version__"},
     "twinkle_callbacks.engines": {
         *("CheckpointEngine", "get_engine"),
-        *("GlooCheckpointEngine", "SharedMemoryCheckpointEngine"),
+        *("GlooCheckpointEngine", "SharedMemoryCheckpointEngine", "NCCLCheckpointEngine", "IPCCheckpointEngine"),
     },
     "twinkle_callbacks.rollouts": {"AdapterRegistry", "HTTPRollout", "LocalRollout"},
     "twinkle_callbacks.lightning": {"WeightSyncCallback"},

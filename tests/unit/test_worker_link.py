@@ -42,6 +42,9 @@ class FakeEngine:
             self.received.append(name)
             yield name, tensor
 
+    def stays(self, tensor: torch.Tensor) -> bool:
+        return False
+
     def post_receipt(self, topic: str, payload: bytes) -> None:
         self.receipts[topic] = payload
         self.posted.set()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 import torch
@@ -21,7 +22,7 @@ Digests = dict[str, tuple[str, str]]
 class StreamDigest:
     """Collects the digest of every tensor of a stream, chunk by chunk, in stream order.
 
-    Both ends build one from the bytes they hold; equal streams give equal `values` and `hexdigest()`.
+    Both ends build one from the bytes they hold, memoryviews here; equal streams give equal `values` and `hexdigest()`.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class StreamDigest:
         self.values: list[int] = []
         self._open: xxhash.xxh3_64 | None = None
 
-    def add_tensors(self, names: Iterable[str], data: Iterable[memoryview]) -> None:
+    def add_tensors(self, names: Iterable[str], data: Iterable[Any]) -> None:
         """Adds tensors whose bytes are all at hand."""
         self.names.extend(names)
         self.values.extend(map(xxhash.xxh3_64_intdigest, data))
@@ -38,7 +39,7 @@ class StreamDigest:
         """Takes the last `count` tensors back."""
         del self.names[-count:], self.values[-count:]
 
-    def add_chunk(self, name: str, data: memoryview, *, first: bool, last: bool) -> None:
+    def add_chunk(self, name: str, data: Any, *, first: bool, last: bool) -> None:
         """Adds the next chunk of a tensor that travels in several."""
         if first:
             self._open = xxhash.xxh3_64()

@@ -4,9 +4,10 @@
 
 A BUCKET frame describes the tensors in its payload; a layout that was sent before travels as its hash alone. A PROMISE
 is a bucket that is announced before it is filled; the CLOSE frame after its payload says how many of its tensors count,
-fewer than announced where the stream went on otherwise. An END frame carries the digests; an ERROR frame the sender's
-error. Lengths come first, so only used bytes are sent; a payload goes in pieces of at most `PIECE_BYTES`, so that
-several are on their way at a time.
+fewer than announced where the stream went on otherwise. A MAPPED frame has no payload: it says where the next tensors
+lie in the sender's own memory, for receivers that see it; SHARE, that it makes buckets there. An END frame carries the
+digests; an ERROR frame the sender's error. Lengths come first, so only used bytes are sent; a payload goes in pieces of
+at most `PIECE_BYTES`, so that several are on their way at a time.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Kind(enum.IntEnum):
     ERROR = 3
     PROMISE = 4
     CLOSE = 5
+    MAPPED = 6
+    SHARE = 7
 
 
 _KINDS = frozenset(Kind)
@@ -54,6 +57,23 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     offset: int
     start: int
     nbytes: int
+
+
+class MappedEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor in the sender's memory, contiguous; `offset` counts bytes in allocation number `allocation`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    allocation: int
+    offset: int
+
+
+class Mapped(msgspec.Struct, frozen=True):
+    """Header of a MAPPED frame: tensors, and what a receiver needs to map each allocation that they lie in."""
+
+    allocations: list[bytes]
+    entries: list[MappedEntry]
 
 
 class End(msgspec.Struct, frozen=True):

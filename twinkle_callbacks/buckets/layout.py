@@ -76,6 +76,11 @@ class BucketPlanner:
         self._bucket += 1
         self._used = 0
 
+    def go_to(self, bucket: int) -> None:
+        """Leaves all buckets before this one."""
+        if self._bucket < bucket:
+            self._bucket, self._used = bucket, 0
+
     def resume(self, last: Chunk) -> None:
         """Goes on as if `last` had been the last chunk placed."""
         self._bucket = last.bucket

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -21,8 +22,10 @@ def copyable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
-def memory(buffer: torch.Tensor) -> memoryview:
-    """The memory of a flat uint8 CPU tensor."""
+def memory(buffer: torch.Tensor) -> Any:
+    """What the digest of a flat uint8 tensor is computed from: a memoryview of it; on a GPU the tensor itself."""
+    if buffer.is_cuda:
+        return buffer
     return memoryview(buffer.numpy())  # type: ignore[arg-type]  # an array is a buffer; numpy 2.3's stubs do not say so
 
 

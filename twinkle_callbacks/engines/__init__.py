@@ -14,18 +14,31 @@ from twinkle_callbacks.errors import ConfigError
 if TYPE_CHECKING:
     from twinkle_callbacks.engines.base import CheckpointEngine
     from twinkle_callbacks.engines.gloo import GlooCheckpointEngine
+    from twinkle_callbacks.engines.ipc import IPCCheckpointEngine
+    from twinkle_callbacks.engines.nccl import NCCLCheckpointEngine
     from twinkle_callbacks.engines.shm import SharedMemoryCheckpointEngine
 
-__all__ = ["CheckpointEngine", "GlooCheckpointEngine", "SharedMemoryCheckpointEngine", "get_engine"]
+__all__ = [
+    "CheckpointEngine",
+    "GlooCheckpointEngine",
+    "IPCCheckpointEngine",
+    "NCCLCheckpointEngine",
+    "SharedMemoryCheckpointEngine",
+    "get_engine",
+]
 
 ENTRY_POINT_GROUP = "twinkle_callbacks.engines"
 BUILTIN = {
     "gloo": "twinkle_callbacks.engines.gloo:GlooCheckpointEngine",
+    "ipc": "twinkle_callbacks.engines.ipc:IPCCheckpointEngine",
+    "nccl": "twinkle_callbacks.engines.nccl:NCCLCheckpointEngine",
     "shm": "twinkle_callbacks.engines.shm:SharedMemoryCheckpointEngine",
 }
 _EXPORTS = {
     "CheckpointEngine": "twinkle_callbacks.engines.base",
     "GlooCheckpointEngine": "twinkle_callbacks.engines.gloo",
+    "IPCCheckpointEngine": "twinkle_callbacks.engines.ipc",
+    "NCCLCheckpointEngine": "twinkle_callbacks.engines.nccl",
     "SharedMemoryCheckpointEngine": "twinkle_callbacks.engines.shm",
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
+
+from twinkle_callbacks.errors import ProtocolError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -23,12 +25,31 @@ class Pending(Protocol):
         """
 
 
+class Place(NamedTuple):
+    """Where a tensor lies: what a receiver needs to map the allocation, and the tensor's first byte in it."""
+
+    ticket: bytes
+    offset: int
+
+
 class CollectiveBackend(ABC):
     """A private group of ranks in which rank 0 broadcasts flat uint8 buffers.
 
     All methods run on one thread, the engine's own. `connect` comes first, `close` last and in any state. Several
     broadcasts may be under way at a time; all ranks start them in the same order.
     """
+
+    shares: ClassVar[bool] = False
+    """Whether receivers see the master's buckets in its own memory; else each rank has two of its own."""
+
+    @classmethod
+    def device(cls) -> int | None:
+        """Index of the GPU on which the engine made by this thread is to work; None where it works on the CPU.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        return None
 
     @abstractmethod
     def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
@@ -38,13 +59,22 @@ class CollectiveBackend(ABC):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Returns a flat uint8 buffer that `broadcast` takes, on the backend's device."""
 
-    def shared_buckets(self, nbytes: int) -> list[torch.Tensor] | None:
-        """The master's two buckets, if receivers see its memory: on the master made anew, elsewhere mapped.
+    def allocate_bucket(self, nbytes: int) -> torch.Tensor:
+        """Returns a flat uint8 buffer for tensors, on the device where receivers want them."""
+        return self.allocate(nbytes)
 
-        All ranks call it, before the first frame. `broadcast` of a slice of one of them copies nothing: it tells the
-        receivers that the slice is filled. None where each rank has buckets of its own.
+    def consumed(self) -> None:  # noqa: B027  # on the CPU what was called has been done
+        """On a receiver, on its caller's thread: waits until what it started on the tensors it was given is done."""
+
+    def shared_buckets(self, nbytes: int) -> list[torch.Tensor]:
+        """The master's two buckets, if `shares`: on the master made anew, elsewhere mapped. All ranks call it once.
+
+        `broadcast` of a slice of one of them copies nothing: it tells the receivers that the slice is filled.
+
+        Raises:
+            EngineError, DeadlineError: the same on all ranks: there is no memory, or a receiver cannot see it.
         """
-        return None
+        raise NotImplementedError
 
     def release(self, side: int) -> None:  # noqa: B027  # nothing to do where no bucket is shared
         """On a receiver: lets the master fill this shared bucket again."""
@@ -55,6 +85,24 @@ class CollectiveBackend(ABC):
         Raises:
             DeadlineError, EngineError: one did not, or is gone.
         """
+
+    def place_of(self, tensor: torch.Tensor) -> Place | None:
+        """On the master: where receivers can see this tensor itself; None if they cannot."""
+        return None
+
+    def filled(self) -> None:  # noqa: B027  # as `release`
+        """On the master: makes what was written to memory that receivers see visible to them."""
+
+    def view(self, place: Place, nbytes: int) -> torch.Tensor:
+        """On a receiver: the bytes at a place, as a flat uint8 tensor.
+
+        Raises:
+            EngineError: this process cannot see them.
+        """
+        raise ProtocolError("the sender's memory cannot be seen over this engine")
+
+    def unmap_all_but(self, tickets: set[bytes]) -> None:  # noqa: B027  # as `release`
+        """On a receiver: lets go of all other allocations of the master's."""
 
     @abstractmethod
     def broadcast(self, buffer: torch.Tensor) -> Pending:

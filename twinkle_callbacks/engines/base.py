@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -51,6 +51,9 @@ class CheckpointEngine(ABC):
     Guaranteed: receivers yield exactly the names, dtypes, shapes and bytes that the master's iterable yielded, in its
     order, or raise; an error of the iterable reaches every receiver with its cause; each step ends within `timeout`
     seconds a blocking operation, or raises `DeadlineError`. Not guaranteed: secrecy of the tensors on the wire.
+    Engines that share memory with receivers, not only bytes, show them such tensors themselves as last: on the master,
+    `lasts(tensor)` says that nobody changes or reuses a tensor's memory until the next stream or `finalize()`. Unless
+    it is set, that is believed of the `torch.nn.Parameter`s.
     After an error in step 3 or 4 the engine is poisoned: only `finalize()` and then `prepare()` work.
     """
 
@@ -88,6 +91,7 @@ class CheckpointEngine(ABC):
         self.host = host
         self.verify = verify
         self.stats: SendStats | None = None
+        self.lasts: Callable[[torch.Tensor], bool] = _is_parameter
         self._token = token
 
     @abstractmethod
@@ -151,6 +155,10 @@ class CheckpointEngine(ABC):
             `DigestMismatchError`.
         """
 
+    def stays(self, tensor: torch.Tensor) -> bool:
+        """On a receiver: whether a tensor that was yielded stays as it is until the next stream: the sender's own."""
+        return False
+
     @property
     @abstractmethod
     def sent_digests(self) -> bytes:
@@ -171,6 +179,10 @@ class CheckpointEngine(ABC):
     @abstractmethod
     def finalize(self) -> None:
         """Leaves the group and frees buffers, threads and ports. Idempotent; never raises for a peer that is gone."""
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
 
 
 def _timeout_s(timeout: float | None) -> float:

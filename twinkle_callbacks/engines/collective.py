@@ -85,6 +85,7 @@ class CollectiveCheckpointEngine(CheckpointEngine):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._group = _Group()
+        self._device = self.backend_cls.device()
 
     def prepare(self) -> dict[str, Any]:
         group = self._group
@@ -176,7 +177,7 @@ class CollectiveCheckpointEngine(CheckpointEngine):
         try:
             if group.sender is None:
                 group.sender = FrameSender(group.backend, self.bucket_size, verify=self.verify)
-            stats = group.sender.send(iterator)
+            stats = group.sender.send(iterator, self.lasts)
             acks = group.rendezvous.collect(topic, ranks, "acknowledge the stream")
         except EngineError as error:
             if group.sender is not None and group.sender.source_failed:
@@ -209,6 +210,7 @@ class CollectiveCheckpointEngine(CheckpointEngine):
                 following = self._next_bucket(group, receiver) if receiver.may_read_ahead else None
                 for item in bucket:
                     yield item
+                backend.consumed()
                 bucket = await (following or self._next_bucket(group, receiver))
             digest = receiver.digest.hexdigest() if self.verify else ""
             rendezvous.post(topic, msgspec.msgpack.encode(Ack(digest)))
@@ -233,6 +235,10 @@ class CollectiveCheckpointEngine(CheckpointEngine):
             rendezvous.post(topic, msgspec.msgpack.encode(Ack("", Failure.of(error))))
         except EngineError as unreachable:
             logger.warning("engine %s: could not tell the master why: %s", self.name, unreachable)
+
+    def stays(self, tensor: torch.Tensor) -> bool:
+        receiver = self._group.receiver
+        return receiver is not None and receiver.stays(tensor)
 
     @property
     def sent_digests(self) -> bytes:
@@ -276,7 +282,7 @@ class CollectiveCheckpointEngine(CheckpointEngine):
 
     def _submit(self, group: _Group, call: Callable[[], T]) -> Future[T]:
         if group.thread is None:
-            group.thread = EngineThread(f"twinkle-{self.name}")
+            group.thread = EngineThread(f"twinkle-{self.name}", self._device)
         return group.thread.submit(call)
 
     def _poison(self, group: _Group, error: BaseException) -> None:

@@ -7,11 +7,12 @@ a slice is filled; one byte back, from each receiver, that a bucket may be fille
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import torch
 
+from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.engines.backend import Pending
 from twinkle_callbacks.engines.gloo import GlooBackend
 from twinkle_callbacks.errors import DeadlineError, EngineError, TwinkleError, from_wire, text_of
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 class MappedBackend(GlooBackend):
     """Shares two buckets of the master's; subclasses say in which memory."""
+
+    shares: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,30 +49,39 @@ class MappedBackend(GlooBackend):
     def all_mapped(self) -> None:
         """On the master: every receiver has mapped the buckets."""
 
-    def filled(self) -> None:
-        """On the master: makes what was written to the buckets visible to the receivers."""
-
     def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
         super().connect(store, rank, world_size, host=host, timeout_s=timeout_s)
         self._store, self._rank, self._receivers = store, rank, range(1, world_size)
 
     def shared_buckets(self, nbytes: int) -> list[torch.Tensor]:
-        if self._rank == 0:
-            made = [self.create(nbytes) for _ in range(2)]
-            self._buckets = [bucket for bucket, _ in made]
-            self._store.set("buckets", msgspec.msgpack.encode([ticket for _, ticket in made]))
-            for rank in self._receivers:
-                self._check_mapped(rank)
-            self.all_mapped()
-        else:
-            tickets = msgspec.msgpack.decode(self._get("buckets", "master", "share its buckets"), type=list[bytes])
-            try:
-                self._buckets = [self.map(ticket, nbytes) for ticket in tickets]
-            except TwinkleError as error:
-                self._store.set(f"mapped/{self._rank}", f"{type(error).__name__}:{error}")
-                raise
-            self._store.set(f"mapped/{self._rank}", "")
+        self._buckets = self._share(nbytes) if self._rank == 0 else self._map_all(nbytes)
         return self._buckets
+
+    def _share(self, nbytes: int) -> list[torch.Tensor]:
+        try:
+            made = [self.create(nbytes) for _ in range(2)]
+        except TwinkleError as error:
+            self._store.set("buckets", msgspec.msgpack.encode(Failure.of(error)))
+            raise
+        self._store.set("buckets", msgspec.msgpack.encode([ticket for _, ticket in made]))
+        for rank in self._receivers:
+            self._check_mapped(rank)
+        self.all_mapped()
+        return [bucket for bucket, _ in made]
+
+    def _map_all(self, nbytes: int) -> list[torch.Tensor]:
+        told = msgspec.msgpack.decode(
+            self._get("buckets", "the master", "share its buckets"), type=list[bytes] | Failure
+        )
+        if isinstance(told, Failure):
+            raise from_wire(told.type, f"the master: {told.message}", EngineError)
+        try:
+            mapped = [self.map(ticket, nbytes) for ticket in told]
+        except TwinkleError as error:
+            self._store.set(f"mapped/{self._rank}", f"{type(error).__name__}:{error}")
+            raise
+        self._store.set(f"mapped/{self._rank}", "")
+        return mapped
 
     def _check_mapped(self, rank: int) -> None:
         kind, _, reason = self._get(f"mapped/{rank}", f"rank {rank}", "map the buckets").decode().partition(":")

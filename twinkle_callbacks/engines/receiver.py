@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from twinkle_callbacks.buckets.digest import StreamDigest, first_few
+from twinkle_callbacks.buckets.device_digest import digest_for
+from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.buckets.frames import (
     CONTROL_BYTES,
     MAX_HEADER_BYTES,
@@ -24,13 +25,14 @@ from twinkle_callbacks.buckets.frames import (
     Entry,
     Failure,
     Kind,
+    Mapped,
     decode,
     layout_hash,
     pieces,
 )
 from twinkle_callbacks.buckets.layout import ALIGNMENT_BYTES
 from twinkle_callbacks.buckets.packing import dtype_of, memory, nbytes_of, view_at
-from twinkle_callbacks.engines.backend import CollectiveBackend
+from twinkle_callbacks.engines.backend import CollectiveBackend, Place
 from twinkle_callbacks.errors import DigestMismatchError, ProtocolError, from_wire
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -50,6 +52,15 @@ class _Views(NamedTuple):
     data: list[memoryview]
 
 
+class _InPlace(NamedTuple):
+    """The tensors of a MAPPED frame, as views into the sender's memory, and the allocations that they are in."""
+
+    tensors: NamedTensors
+    data: list[Any]
+    tickets: list[bytes]
+    addresses: frozenset[int]
+
+
 class _Joining(NamedTuple):
     """A tensor that comes in chunks, and how many of its bytes are there."""
 
@@ -65,15 +76,16 @@ class FrameReceiver:
         self._backend = backend
         self._bucket_bytes = bucket_bytes
         self._verify = verify
-        self._shared = backend.shared_buckets(bucket_bytes)
-        self._buffers = self._shared or [backend.allocate(0), backend.allocate(0)]
+        self._buffers = [backend.allocate_bucket(0), backend.allocate_bucket(0)]
         self._handed_out: list[int | None] = []  # by the last two buckets: the buffer that their tensors are in
-        self._joined = backend.allocate(0)
+        self._joined = backend.allocate_bucket(0)
         self._layouts: dict[bytes, _Layout] = {}
         self._views: list[dict[bytes, _Views]] = [{}, {}]
+        self._in_place: dict[bytes, _InPlace] = {}
         self._sequence = 0
         self._side = 0
-        self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if verify else None
+        apart = verify and not self._joined.is_cuda  # a GPU computes beside this thread anyway
+        self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if apart else None
         self._digesting: tuple[list[Future[None]], ...] = ([], [], [])  # of either buffer, and of chunked tensors
         self._start_stream()
 
@@ -84,7 +96,7 @@ class FrameReceiver:
 
     def _start_stream(self) -> None:
         self.end: End | None = None
-        self.digest = StreamDigest()
+        self.digest = digest_for(self._joined.device)
         self._tensors = 0
         self._payload_bytes = 0
         self._used_layouts: set[bytes] = set()
@@ -102,21 +114,27 @@ class FrameReceiver:
             self._start_stream()
         self._take_back(1)
         control, header = self._receive_control()
+        if control.kind is Kind.SHARE:
+            self._buffers = self._backend.shared_buckets(self._bucket_bytes)
+            control, header = self._receive_control()
         if control.kind is Kind.ERROR:
             failure = decode(header, Failure)
             raise from_wire(failure.type, f"the sender failed in the middle of the stream: {failure.message}")
         if control.kind is Kind.END:
             self._finish(decode(header, End))
             return None
-        if control.kind is Kind.CLOSE:
-            raise ProtocolError("a CLOSE frame came without a bucket before it")
-        layout = self._layout(control, header)
+        if control.kind in (Kind.CLOSE, Kind.SHARE):
+            raise ProtocolError(f"a {control.kind.name} frame came where none can be")
         self.may_read_ahead = True
-        if self._shared is None and len(layout.entries) == 1 and not _is_whole(layout.entries[0]):
+        if control.kind is Kind.MAPPED:
+            self._handed_out.append(None)
+            return self._look(control, header)
+        layout = self._layout(control, header)
+        if not self._backend.shares and len(layout.entries) == 1 and not _is_whole(layout.entries[0]):
             tensors = self._receive_chunk(layout, control.kind)
             self._handed_out.append(None)
         else:
-            side = 1 - self._side if self._shared is None else control.side
+            side = control.side if self._backend.shares else 1 - self._side
             tensors = self._receive_bucket(side, layout, control)
             self._handed_out.append(side)
         self._payload_bytes += layout.payload_bytes
@@ -135,13 +153,13 @@ class FrameReceiver:
         return self._read_control(self._receive(CONTROL_BYTES))
 
     def _read_control(self, block: torch.Tensor) -> tuple[Control, bytes]:
-        control = Control.unpack(bytes(block.numpy()), self._sequence)
+        control = Control.unpack(_bytes_of(block), self._sequence)
         self._sequence += 1
         if control.header_bytes > MAX_HEADER_BYTES:
             raise ProtocolError(
                 f"a header of {control.header_bytes} bytes comes, at most {MAX_HEADER_BYTES} are allowed"
             )
-        return control, bytes(self._receive(control.header_bytes).numpy()) if control.header_bytes else b""
+        return control, _bytes_of(self._receive(control.header_bytes)) if control.header_bytes else b""
 
     def _receive_payload(
         self, place: torch.Tensor, layout: _Layout, kind: Kind, arrived: Callable[[int], None]
@@ -170,6 +188,38 @@ class FrameReceiver:
                 f"{control.entries}"
             )
         return layout.entries[: control.entries]
+
+    def _look(self, control: Control, header: bytes) -> NamedTensors:
+        """The tensors of a MAPPED frame."""
+        if header:
+            if layout_hash(header) != control.layout:
+                raise ProtocolError("the header of a MAPPED frame does not match its hash")
+            self._in_place[control.layout] = self._mapped(decode(header, Mapped))
+        mapped = self._in_place.get(control.layout)
+        if mapped is None:
+            raise ProtocolError(f"the sender refers to mapped tensors {control.layout.hex()}, unknown here")
+        self._used_layouts.add(control.layout)
+        self._payload_bytes += control.payload_bytes
+        self._tensors += len(mapped.tensors)
+        self._digest(-1, self.digest.add_tensors, [name for name, _ in mapped.tensors], mapped.data)
+        return mapped.tensors
+
+    def _mapped(self, header: Mapped) -> _InPlace:
+        tensors, data = [], []
+        for entry in header.entries:
+            if not 0 <= entry.allocation < len(header.allocations) or any(side < 0 for side in entry.shape):
+                raise ProtocolError(f"{entry} describes no tensor that can be mapped")
+            dtype = dtype_of(entry.dtype)
+            place = Place(header.allocations[entry.allocation], entry.offset)
+            flat = self._backend.view(place, nbytes_of(dtype, entry.shape))
+            tensors.append((entry.name, flat.view(dtype).view(entry.shape)))
+            if self._verify:
+                data.append(memory(flat))
+        return _InPlace(tensors, data, header.allocations, frozenset(each.data_ptr() for _, each in tensors))
+
+    def stays(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor that was handed out is the sender's own, which lasts until its next stream."""
+        return any(tensor.data_ptr() in kept.addresses for kept in self._in_place.values())
 
     def _layout(self, control: Control, header: bytes) -> _Layout:
         if header:
@@ -206,7 +256,7 @@ class FrameReceiver:
         self._wait_digests(self._digesting[side])  # of the bucket that was in this buffer before
         if layout.payload_bytes > self._buffers[side].numel():
             self._views[side].clear()
-            self._buffers[side] = self._backend.allocate(layout.payload_bytes)
+            self._buffers[side] = self._backend.allocate_bucket(layout.payload_bytes)
         views = self._views[side].get(key)
         if views is None and all(_is_whole(entry) for entry in layout.entries):
             views = self._views[side][key] = self._view_all(self._buffers[side], layout.entries)
@@ -276,7 +326,7 @@ class FrameReceiver:
     def _room_for(self, nbytes: int) -> torch.Tensor:
         self._wait_digests(self._digesting[-1])  # of the tensor that was there before
         if nbytes > self._joined.numel():
-            self._joined = self._backend.allocate(nbytes)
+            self._joined = self._backend.allocate_bucket(nbytes)
         return self._joined[:nbytes]
 
     def _complete(self, entry: Entry, chunk: torch.Tensor) -> NamedTensors:
@@ -293,6 +343,8 @@ class FrameReceiver:
     def _digest(self, side: int, call: Callable[..., None], *args: Any) -> None:
         if self._digester is not None:
             self._digesting[side].append(self._digester.submit(call, *args))
+        elif self._verify:
+            call(*args)
 
     def _wait_digests(self, pending: list[Future[None]]) -> None:
         for future in pending:
@@ -314,12 +366,18 @@ class FrameReceiver:
         self._layouts = {key: layout for key, layout in self._layouts.items() if key in self._used_layouts}
         for side, views in enumerate(self._views):
             self._views[side] = {key: kept for key, kept in views.items() if key in self._used_layouts}
+        self._in_place = {key: kept for key, kept in self._in_place.items() if key in self._used_layouts}
+        self._backend.unmap_all_but({ticket for kept in self._in_place.values() for ticket in kept.tickets})
         self.end = end
 
     def _receive(self, nbytes: int) -> torch.Tensor:
         buffer = self._backend.allocate(nbytes)
         self._backend.broadcast(buffer).wait()
         return buffer
+
+
+def _bytes_of(buffer: torch.Tensor) -> bytes:
+    return bytes(buffer.cpu().numpy())
 
 
 def _end(entry: Entry) -> int:

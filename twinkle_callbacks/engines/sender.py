@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from twinkle_callbacks.buckets.digest import StreamDigest
+from twinkle_callbacks.buckets.device_digest import digest_for
 from twinkle_callbacks.buckets.frames import (
     MAX_HEADER_BYTES,
     Control,
@@ -24,13 +24,15 @@ from twinkle_callbacks.buckets.frames import (
     Entry,
     Failure,
     Kind,
+    Mapped,
+    MappedEntry,
     encode,
     layout_hash,
     pieces,
 )
 from twinkle_callbacks.buckets.layout import BucketPlanner, Chunk
 from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory, view_at
-from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
+from twinkle_callbacks.engines.backend import CollectiveBackend, Pending, Place
 from twinkle_callbacks.engines.base import SendStats
 from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
 
@@ -83,7 +85,8 @@ class FrameSender:
         self._bucket_bytes = bucket_bytes
         self._verify = verify
         self._planner = BucketPlanner(bucket_bytes)
-        self._buffers = backend.shared_buckets(bucket_bytes) or [backend.allocate(bucket_bytes) for _ in range(2)]
+        self._buffers = [] if backend.shares else [backend.allocate_bucket(bucket_bytes) for _ in range(2)]
+        self._device = backend.allocate_bucket(0).device
         self._lent = [False, False]  # buckets that receivers may be looking at
         self._on_the_wire: list[list[tuple[Pending, torch.Tensor]]] = [[], []]
         self._plan: list[_Step] = []
@@ -92,8 +95,11 @@ class FrameSender:
         self._used_layouts: set[bytes] = set()
         self._sequence = 0
         self._source_s = 0.0
+        self._mapped: list[tuple[torch.Tensor, str, Place]] = []  # to be told of in the next MAPPED frame
+        self._kept: list[torch.Tensor] = []  # receivers may be looking at them
         self.source_failed = False
-        self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if verify else None
+        apart = verify and self._device.type == "cpu"  # a GPU computes beside this thread anyway
+        self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if apart else None
         self._digesting: list[list[Future[None]]] = [[], []]  # of what is in either buffer
 
     def close(self) -> None:
@@ -102,23 +108,40 @@ class FrameSender:
             self._digester.shutdown(wait=False, cancel_futures=True)
 
     @torch.no_grad()
-    def send(self, weights: Iterable[tuple[str, torch.Tensor]]) -> SendStats:
-        """Sends one stream and its END frame. If `weights` raises, sends that as an ERROR frame and raises it."""
-        self._digest = StreamDigest()
+    def send(
+        self, weights: Iterable[tuple[str, torch.Tensor]], lasts: Callable[[torch.Tensor], bool] = lambda _: False
+    ) -> SendStats:
+        """Sends one stream and its END frame. If `weights` raises, sends that as an ERROR frame and raises it.
+
+        Args:
+            weights: named tensors.
+            lasts: whether a tensor stays as it is until the next stream, so that receivers may look at it itself.
+        """
+        self._digest = digest_for(self._device)
         self._bucket = _Bucket(0)
         self._payload_bytes = 0
         self._source_s, self.source_failed = 0.0, False
-        tensors = 0
+        self._mapped, self._kept = [], []
+        tensors = packed = 0
         try:
             for name, tensor in self._drawn(iter(weights)):
                 if not isinstance(name, str):
                     raise SourceError(f"{name!r}: expected the name of a tensor, got {type(name).__name__}")
                 if not isinstance(tensor, torch.Tensor):
                     raise SourceError(f"{name!r}: expected a tensor, got {type(tensor).__name__}")
-                self._send_tensor(self._step(tensors, name, tensor), tensor)
+                place = self._backend.place_of(tensor) if lasts(tensor) else None
+                if place is None:
+                    self._tell_mapped()
+                    self._send_tensor(self._step(packed, name, tensor), tensor)
+                    packed += 1
+                else:
+                    if self._bucket.entries:
+                        self._flush(self._bucket.number + 1)
+                    self._mapped.append((tensor, name, place))
                 tensors += 1
-            self._forget(tensors)
+            self._forget(packed)
             self._flush(self._bucket.number + 1)
+            self._tell_mapped()
         except Exception as error:
             if not self.source_failed and isinstance(error, (EngineError, DeadlineError)):
                 raise  # the wire itself is broken, so nothing can be said on it
@@ -151,7 +174,8 @@ class FrameSender:
         """The plan's step for this tensor; plans anew from here on if the stream differs from the one before."""
         if index < len(self._plan):
             step = self._plan[index]
-            if step.name == name and step.dtype is tensor.dtype and step.shape == tensor.shape:
+            same = step.name == name and step.dtype is tensor.dtype and step.shape == tensor.shape
+            if same and step.chunks[0].bucket >= self._bucket.number:
                 return step
             self._forget(index)
         step = self._plan_tensor(index, name, tensor)
@@ -165,10 +189,14 @@ class FrameSender:
         self._outlines = {number: outline for number, outline in self._outlines.items() if number < begun}
 
     def _plan_tensor(self, index: int, name: str, tensor: torch.Tensor) -> _Step:
+        if not self._buffers:
+            self._start_frame(Control(Kind.SHARE, self._sequence, 0, 0))
+            self._buffers = self._backend.shared_buckets(self._bucket_bytes)
         dtype, shape, nbytes = dtype_name(tensor.dtype), tuple(tensor.shape), tensor.nbytes
         self._planner.resume(self._plan[index - 1].chunks[-1] if index else Chunk(0, 0, 0, 0))
         if self._bucket.announced is not None:  # whatever comes now is not what was announced
             self._planner.next_bucket()
+        self._planner.go_to(self._bucket.number)
         chunks = self._planner.place(nbytes)
         entries = [Entry(name, dtype, shape, c.offset, c.start, c.nbytes) for c in chunks]
         view = data = None
@@ -178,6 +206,31 @@ class FrameSender:
             if self._verify:
                 data = memory(buffer)[chunks[0].offset : chunks[0].offset + nbytes]
         return _Step(name, tensor.dtype, tensor.shape, entries, chunks, view, data)
+
+    def _tell_mapped(self) -> None:
+        """Sends a MAPPED frame for the tensors that receivers shall see where they are."""
+        mapped, self._mapped = self._mapped, []
+        if not mapped:
+            return
+        tickets = list(dict.fromkeys(place.ticket for _, _, place in mapped))
+        numbers = {ticket: number for number, ticket in enumerate(tickets)}
+        entries = [
+            MappedEntry(name, dtype_name(tensor.dtype), tuple(tensor.shape), numbers[place.ticket], place.offset)
+            for tensor, name, place in mapped
+        ]
+        header = encode(Mapped(tickets, entries))
+        layout = layout_hash(header)
+        known = layout in self._known_layouts or layout in self._used_layouts
+        self._used_layouts.add(layout)
+        tensors = [tensor for tensor, _, _ in mapped]
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        self._kept += tensors
+        self._payload_bytes += nbytes
+        self._backend.filled()
+        told = b"" if known else header
+        self._start_frame(Control(Kind.MAPPED, self._sequence, len(told), nbytes, layout), told)
+        if self._verify:
+            self._digest.add_tensors([name for _, name, _ in mapped], [memory(as_bytes(each)) for each in tensors])
 
     def _send_tensor(self, step: _Step, tensor: torch.Tensor) -> None:
         if step.view is not None:
@@ -270,8 +323,10 @@ class FrameSender:
         bucket.steps = []
 
     def _start_digest(self, side: int, call: Callable[..., None], *args: Any) -> None:
-        assert self._digester is not None
-        self._digesting[side].append(self._digester.submit(call, *args))
+        if self._digester is None:
+            call(*args)
+        else:
+            self._digesting[side].append(self._digester.submit(call, *args))
 
     def _send_failure(self, error: BaseException) -> None:
         if self._bucket.announced is not None:

@@ -19,7 +19,9 @@ class EngineThread:
     for it, and as a daemon the thread keeps no process alive for it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: int | None = None) -> None:
+        """Starts the thread; `device` is the index of the GPU that it works on, None for none."""
+        self._device = device
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._waiting: set[Future[Any]] = set()
         self._lock = threading.Lock()
@@ -55,6 +57,10 @@ class EngineThread:
             self._thread.join(patience_s)
 
     def _run(self) -> None:
+        if self._device is not None:
+            import torch
+
+            torch.cuda.set_device(self._device)  # a new thread would work on GPU 0
         while (item := self._calls.get()) is not None:
             self._work_off(*item)
             del item  # what a call holds may not outlive it

@@ -47,6 +47,10 @@ class WeightSource(ABC):
         """
         return  # nothing can change where nothing is trained
 
+    def lasts(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of the stream stays as it is until the push has ended: the module's own memory."""
+        return False
+
     @abstractmethod
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Yields `(checkpoint name, full tensor)` on rank 0, nothing elsewhere.

@@ -70,6 +70,7 @@ class ModuleSource(WeightSource):
         self._merge = merge
         self._keeps_fp32 = _fp32_names(self._module)
         self._checked: list[Unit] | None = None
+        self._storages: set[int] = set()  # addresses of the module's own memory
         units = self._survey()
         refuse_empty(self._module, units)
         self._kinds = _kinds(units)
@@ -89,6 +90,10 @@ class ModuleSource(WeightSource):
 
     def check(self) -> None:
         self._checked = self._unchanged()
+        self._storages = {_storage(tensor) for tensor in (*self._root.parameters(), *self._root.buffers())}
+
+    def lasts(self, tensor: torch.Tensor) -> bool:
+        return _storage(tensor) in self._storages
 
     @torch.no_grad()
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
@@ -127,6 +132,10 @@ class ModuleSource(WeightSource):
             f"the module's tensors changed since the source was opened: {shown}{rest}; "
             f"change the module before training starts, or open a new source"
         )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr()
 
 
 def _named(units: list[Unit]) -> Generator[tuple[str, torch.Tensor], None, None]:

@@ -32,13 +32,14 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from twinkle_callbacks import auth
+from twinkle_callbacks.buckets.device_digest import tensor_digest
 from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.errors import ConfigError, EngineError, RolloutError, TwinkleError, text_of
 from twinkle_callbacks.worker.adapter_links import AdapterLinks
 from twinkle_callbacks.worker.adapters import AdapterStore
 from twinkle_callbacks.worker.base_digests import BaseDigests
 from twinkle_callbacks.worker.check import LoadCheck
-from twinkle_callbacks.worker.commit import commit
+from twinkle_callbacks.worker.commit import Committer
 from twinkle_callbacks.worker.link import Link
 from twinkle_callbacks.worker.messages import (
     ABORT,
@@ -100,6 +101,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._push = 0
         self._staged: Future[Stage] | None = None
         self._check = LoadCheck(vllm_config)
+        self._committer = Committer(model, self.model_config, device, digest=tensor_digest)
         self._base = BaseDigests(vllm_config, model)
         parallel = vllm_config.parallel_config
         # vLLM tells replicas of a model without experts that they are alone, but not that they are the first.
@@ -250,7 +252,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._intact = False
         self._base.begin_commit()
         try:
-            commit(self.model, self.model_config, stage.tensors.items(), self.device)
+            self._committer.commit(stage.tensors)
         except Exception as error:  # told to the trainer, whatever it is: see the module docstring
             logger.exception(
                 "push %d failed in the commit; this worker must not generate before the next push", self._push

@@ -141,4 +141,4 @@ def alive(links: Iterable[Link]) -> list[Link]:
 
 async def _fill(stage: Stage, engine: CheckpointEngine) -> None:
     async for name, tensor in engine.receive_weights():
-        stage.add(name, tensor)
+        stage.add(name, tensor, stays=engine.stays(tensor))

@@ -1,4 +1,7 @@
-"""The staged copy of a push: whole tensors in host memory, until the commit, beside the model that goes on serving."""
+"""The stage of a push: all its tensors, until the commit, beside the model that goes on serving.
+
+They are copies in host memory, but for tensors that the trainer shows in its own memory until the push has ended.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from twinkle_callbacks.buckets.device_digest import digest_for
 from twinkle_callbacks.buckets.digest import Digests, StreamDigest, digests_of, first_few
 from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory
 from twinkle_callbacks.errors import DigestMismatchError, WeightMismatchError
@@ -15,29 +19,43 @@ class Stage:
     """Tensors of one push in the order in which they came. Owned by one thread at a time.
 
     Args:
-        verify: compute the digest of every tensor, from its staged copy.
+        verify: compute the digest of every tensor: from its staged copy, on a GPU from what is copied.
         announced: shape of each tensor that may come, by its name; None if any may.
     """
 
     def __init__(self, *, verify: bool, announced: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.digests: Digests = {}  # of the tensors, once they were wanted
-        self._digest = StreamDigest() if verify else None
+        self._verify = verify
+        self._digest: StreamDigest | None = None  # once the first tensor tells where they are
+        self._undigested: list[tuple[str, torch.Tensor]] = []
         self._announced = announced
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Keeps a copy; `tensor` is a view into a wire bucket that will be used again.
+    def add(self, name: str, tensor: torch.Tensor, *, stays: bool = False) -> None:
+        """Keeps a copy, since `tensor` is a view into a wire bucket that will be used again; itself if it `stays`.
 
         Raises:
             WeightMismatchError: it was not announced, not with this shape, or came before.
         """
         if self._announced is not None:
             self._refuse_unannounced(self._announced, name, tuple(tensor.shape))
-        source = copyable(tensor)
-        staged = torch.empty(source.shape, dtype=source.dtype).copy_(source).view(tensor.dtype)
-        self.tensors[name] = staged
-        if self._digest is not None:
-            self._digest.add_tensors([name], [memory(as_bytes(staged))])
+        staged = self.tensors[name] = tensor if stays else _host_copy(tensor)
+        if not self._verify:
+            return
+        if stays:
+            self._undigested.append((name, tensor))  # all at once is faster, on a GPU
+            return
+        self._digest_rest()
+        self._add_digests([(name, tensor if tensor.is_cuda else staged)])
+
+    def _digest_rest(self) -> None:
+        undigested, self._undigested = self._undigested, []
+        if undigested:
+            self._add_digests(undigested)
+
+    def _add_digests(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        self._digest = self._digest or digest_for(tensors[0][1].device)
+        self._digest.add_tensors([name for name, _ in tensors], [memory(as_bytes(tensor)) for _, tensor in tensors])
 
     def _refuse_unannounced(self, announced: Mapping[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> None:
         if name in self.tensors:
@@ -54,7 +72,7 @@ class Stage:
 
     def digest_each(self) -> None:
         """Fills `digests`, from what was computed for `verify` if it was."""
-        if self._digest is None:
+        if type(self._digest) is not StreamDigest:  # there is none, or it is a GPU's own
             self.digests = digests_of(self.tensors.items())
             return
         computed = zip(self.tensors.items(), self._digest.values, strict=True)
@@ -68,11 +86,18 @@ class Stage:
         Raises:
             DigestMismatchError: names the tensors that are not what was sent.
         """
-        if self._digest is None:
+        if not self._verify:
             return ""
+        self._digest_rest()
+        self._digest = self._digest or StreamDigest()
         differing = self._digest.differing(sent_digests)
         if differing:
             raise DigestMismatchError(
                 f"{len(differing)} of {len(self.tensors)} staged tensors are not what was sent: {first_few(differing)}"
             )
         return self._digest.hexdigest()
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    source = copyable(tensor)
+    return torch.empty(source.shape, dtype=source.dtype).copy_(source).view(tensor.dtype)

@@ -1,0 +1,102 @@
+"""Digests of tensors that live on a GPU, computed there: 64 bits for each tensor, positional, by one Triton kernel.
+
+Each 8-byte word is mixed with its index before the words are summed, so a word in another place changes the digest,
+which a plain checksum such as `torch.hash_tensor` does not notice; the mixer is that of SplitMix64 (Steele, Lea and
+Flood, OOPSLA 2014). Sums may be taken in any order and in parts, so chunks of a tensor add up. Both ends of a wire
+compute the same one; it is not the XXH3 of host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from twinkle_callbacks.buckets.digest import StreamDigest
+from twinkle_callbacks.buckets.packing import as_bytes, memory
+
+_WORD_BYTES = 8
+_BLOCK_WORDS = 2048
+_MAX_PROGRAMS = 512  # for one tensor
+_MASK = (1 << 64) - 1
+
+
+class DeviceStreamDigest(StreamDigest):
+    """A `StreamDigest` of flat uint8 tensors on one GPU. Nothing waits for the GPU before `values` are asked for.
+
+    Memory is read in the order of the current stream of the thread that adds it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._sums: list[tuple[torch.Tensor, list[int]]] = []  # of each call: on the GPU, and where each counts
+        self._lengths: list[int] = []
+
+    def add_tensors(self, names: Iterable[str], data: Iterable[Any]) -> None:
+        parts: list[torch.Tensor] = list(data)
+        first = len(self._lengths)
+        self.names.extend(names)
+        self._lengths.extend(part.numel() for part in parts)
+        self._add(parts, [0] * len(parts), list(range(first, first + len(parts))))
+
+    def add_chunk(self, name: str, data: Any, *, first: bool, last: bool) -> None:
+        if first:
+            self.names.append(name)
+            self._lengths.append(0)
+        self._add([data], [self._lengths[-1]], [len(self._lengths) - 1])
+        self._lengths[-1] += data.numel()
+
+    def drop_last(self, count: int) -> None:
+        if count:
+            del self.names[-count:], self._lengths[-count:]
+            kept = len(self._lengths)
+            self._sums = [(sums, [slot if slot < kept else -1 for slot in slots]) for sums, slots in self._sums]
+
+    def _add(self, parts: Sequence[torch.Tensor], starts: Sequence[int], slots: list[int]) -> None:
+        if any(part.numel() for part in parts):
+            self._sums.append((word_sums(parts, starts, self._device), slots))
+
+    @property
+    def values(self) -> list[int]:  # type: ignore[override]  # computed when they are asked for
+        """The digest of each tensor, in stream order; waits for the GPU."""
+        totals = [length * 0x9E3779B97F4A7C15 for length in self._lengths]
+        for sums, slots in self._sums:
+            for slot, value in zip(slots, sums.tolist(), strict=True):
+                if slot >= 0:
+                    totals[slot] += value
+        return [total & _MASK for total in totals]
+
+
+def digest_for(device: torch.device) -> StreamDigest:
+    """The digest that both ends compute of a stream whose tensors lie on this device."""
+    return DeviceStreamDigest(device) if device.type == "cuda" else StreamDigest()
+
+
+def tensor_digest(tensor: torch.Tensor) -> int:
+    """The digest of one tensor, computed where it is."""
+    digest = digest_for(tensor.device)
+    digest.add_tensors([""], [memory(as_bytes(tensor))])
+    return digest.values[0]
+
+
+def word_sums(parts: Sequence[torch.Tensor], starts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The sum of the mixed words of each part, int64 on the GPU; one kernel for all.
+
+    Args:
+        parts: flat uint8 tensors on the device, of any length.
+        starts: where in its tensor each part begins, in bytes, a multiple of 8.
+        device: where they are.
+    """
+    from twinkle_callbacks.buckets.device_kernels import word_sums_kernel
+
+    kept = [part if part.data_ptr() % _WORD_BYTES == 0 else part.clone() for part in parts]
+    rows = [(part.data_ptr(), part.numel(), start // _WORD_BYTES) for part, start in zip(kept, starts, strict=True)]
+    table = torch.tensor(rows, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    sums = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    words = max(nbytes for _, nbytes, _ in rows) // _WORD_BYTES + 1
+    programs = min(_MAX_PROGRAMS, -(-words // _BLOCK_WORDS))
+    with torch.cuda.device(device):
+        word_sums_kernel[(len(rows), programs)](table, sums, BLOCK=_BLOCK_WORDS)
+    return sums

@@ -1,0 +1,135 @@
+"""CUDA IPC: trainer and rollout on one GPU, in processes of their own, with nothing copied that need not be.
+
+Tensors that last are mapped where they are: each allocation's handle is made once, and opened once, however many
+tensors lie in it. All others go through two buckets on the GPU, which are mapped too. Handles are plain bytes, never
+pickled.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+import torch
+
+from twinkle_callbacks.engines.backend import CollectiveBackend, Place
+from twinkle_callbacks.engines.collective import CollectiveCheckpointEngine
+from twinkle_callbacks.engines.cuda import (
+    Allocation,
+    Mapping,
+    Ticket,
+    allocation_number,
+    require_device,
+    ticket_of,
+    uuid_of,
+)
+from twinkle_callbacks.engines.mapped import MappedBackend
+from twinkle_callbacks.errors import ConfigError, DeadlineError, ProtocolError, text_of
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+class IPCBackend(MappedBackend):
+    """Buckets and lasting tensors in GPU memory that all ranks see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._made: list[Allocation] = []
+        self._tickets: dict[int, tuple[Ticket, bytes]] = {}  # of this process's allocations, by number
+        self._bucket_tickets: set[bytes] = set()
+        self._mappings: dict[bytes, Mapping] = {}  # of the master's allocations, by ticket
+
+    @classmethod
+    def device(cls) -> int | None:
+        return require_device()
+
+    def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
+        _refuse_other_gpus(store, rank, world_size)
+        super().connect(store, rank, world_size, host=host, timeout_s=timeout_s)
+
+    def allocate_bucket(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def create(self, nbytes: int) -> tuple[torch.Tensor, bytes]:
+        allocation = Allocation(nbytes)
+        self._made.append(allocation)
+        return allocation.tensor, msgspec.msgpack.encode(ticket_of(allocation.address))
+
+    def map(self, ticket: bytes, nbytes: int) -> torch.Tensor:
+        self._bucket_tickets.add(ticket)
+        return self._mapping(ticket).tensor[:nbytes]
+
+    def filled(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def consumed(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
+
+    def release(self, side: int) -> None:
+        torch.cuda.current_stream(self._device).synchronize()  # digests of what is in it
+        super().release(side)
+
+    def place_of(self, tensor: torch.Tensor) -> Place | None:
+        if tensor.device != self._device or not tensor.is_contiguous() or not tensor.nbytes:
+            return None
+        if tensor.is_conj() or tensor.is_neg():
+            return None
+        address = tensor.data_ptr()
+        number = allocation_number(address)
+        if number not in self._tickets:
+            ticket = ticket_of(address)
+            self._tickets[number] = ticket, msgspec.msgpack.encode(ticket)
+        ticket, encoded = self._tickets[number]
+        return Place(encoded, address - ticket.address) if ticket.handle else None
+
+    def view(self, place: Place, nbytes: int) -> torch.Tensor:
+        whole = self._mapping(place.ticket).tensor
+        if not 0 <= place.offset <= place.offset + nbytes <= whole.numel():
+            raise ProtocolError(f"bytes {place.offset} to {place.offset + nbytes} are not in the sender's allocation")
+        return whole[place.offset : place.offset + nbytes]
+
+    def unmap_all_but(self, tickets: set[bytes]) -> None:
+        gone = [ticket for ticket in self._mappings if ticket not in tickets and ticket not in self._bucket_tickets]
+        if gone:
+            torch.cuda.synchronize(self._device)
+        for ticket in gone:
+            self._mappings.pop(ticket).close()
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+        super().close()
+        mappings, self._mappings = self._mappings, {}
+        made, self._made = self._made, []
+        for mapping in mappings.values():
+            mapping.close()
+        for allocation in made:
+            allocation.free()
+
+    def _mapping(self, encoded: bytes) -> Mapping:
+        if encoded not in self._mappings:
+            self._mappings[encoded] = Mapping(msgspec.msgpack.decode(encoded, type=Ticket))
+        return self._mappings[encoded]
+
+
+class IPCCheckpointEngine(CollectiveCheckpointEngine):
+    """Shares GPU memory with a rollout on the same GPU; tensors on the CPU are copied to the GPU first."""
+
+    name: ClassVar[str] = "ipc"
+    backend_cls: ClassVar[type[CollectiveBackend]] = IPCBackend
+
+
+def _refuse_other_gpus(store: Store, rank: int, world_size: int) -> None:
+    mine = uuid_of(torch.cuda.current_device())
+    store.set(f"gpu/{rank}", mine)
+    try:
+        gpus = [store.get(f"gpu/{other}").decode() for other in range(world_size)]
+    except RuntimeError as error:
+        raise DeadlineError(f"a rank did not tell which GPU it has: {text_of(error)}") from error
+    for other, gpu in enumerate(gpus):
+        if gpu != gpus[0]:
+            raise ConfigError(
+                f"rank {other} is on GPU {gpu}, the master on {gpus[0]}: engine='ipc' needs both on the same one; use "
+                f"engine='nccl'"
+            )
