@@ -17,8 +17,8 @@ from twinkle_callbacks.buckets.digest import StreamDigest
 from twinkle_callbacks.buckets.packing import as_bytes, memory
 
 _WORD_BYTES = 8
-_BLOCK_WORDS = 2048
-_MAX_PROGRAMS = 512  # for one tensor
+_BLOCK_WORDS = 1024
+_MAX_PROGRAMS = 1024  # for one tensor
 _MASK = (1 << 64) - 1
 
 
@@ -59,7 +59,7 @@ class DeviceStreamDigest(StreamDigest):
             self._sums.append((word_sums(parts, starts, self._device), slots))
 
     @property
-    def values(self) -> list[int]:  # type: ignore[override]  # computed when they are asked for
+    def values(self) -> list[int]:
         """The digest of each tensor, in stream order; waits for the GPU."""
         totals = [length * 0x9E3779B97F4A7C15 for length in self._lengths]
         for sums, slots in self._sums:

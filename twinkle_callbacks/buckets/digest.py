@@ -27,17 +27,22 @@ class StreamDigest:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.values: list[int] = []
+        self._values: list[int] = []
         self._open: xxhash.xxh3_64 | None = None
+
+    @property
+    def values(self) -> list[int]:
+        """The digest of each tensor, in stream order."""
+        return self._values
 
     def add_tensors(self, names: Iterable[str], data: Iterable[Any]) -> None:
         """Adds tensors whose bytes are all at hand."""
         self.names.extend(names)
-        self.values.extend(map(xxhash.xxh3_64_intdigest, data))
+        self._values.extend(map(xxhash.xxh3_64_intdigest, data))
 
     def drop_last(self, count: int) -> None:
         """Takes the last `count` tensors back."""
-        del self.names[-count:], self.values[-count:]
+        del self.names[-count:], self._values[-count:]
 
     def add_chunk(self, name: str, data: Any, *, first: bool, last: bool) -> None:
         """Adds the next chunk of a tensor that travels in several."""
@@ -47,11 +52,12 @@ class StreamDigest:
         self._open.update(data)
         if last:
             self.names.append(name)
-            self.values.append(self._open.intdigest())
+            self._values.append(self._open.intdigest())
             self._open = None
 
     def pack(self) -> bytes:
-        return struct.pack(f"<{len(self.values)}Q", *self.values)
+        values = self.values
+        return struct.pack(f"<{len(values)}Q", *values)
 
     def hexdigest(self) -> str:
         """Digest of the stream: over names and tensor digests, in order; 32 hexadecimal digits."""
@@ -62,10 +68,10 @@ class StreamDigest:
 
     def differing(self, packed: bytes) -> list[str]:
         """Names of the tensors whose digest is not the one in `packed` (from the other end's `pack()`)."""
-        theirs = unpack(packed)
-        if len(theirs) != len(self.values):
-            return [f"{len(self.values)} tensors here, {len(theirs)} there"]
-        return [name for name, ours, other in zip(self.names, self.values, theirs, strict=True) if ours != other]
+        mine, theirs = self.values, unpack(packed)
+        if len(theirs) != len(mine):
+            return [f"{len(mine)} tensors here, {len(theirs)} there"]
+        return [name for name, ours, other in zip(self.names, mine, theirs, strict=True) if ours != other]
 
 
 def unpack(packed: bytes) -> list[int]:

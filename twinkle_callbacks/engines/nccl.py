@@ -56,8 +56,8 @@ class _NCCLWork:
         self._raise_if_broken()
 
     def _raise_if_broken(self) -> None:
-        error = self._work.exception() if hasattr(self._work, "exception") else None
-        if error is not None:
+        error = self._backend.error()
+        if error:
             self._backend.abort()
             raise EngineError(f"the connection to a peer broke in a broadcast: {error}")
 
@@ -106,6 +106,13 @@ class NCCLBackend(CollectiveBackend):
 
     def consumed(self) -> None:
         torch.cuda.current_stream(self._device).synchronize()
+
+    def error(self) -> str:
+        """What NCCL says went wrong since the group was made, empty if nothing did."""
+        from torch._C._distributed_c10d import ErrorType
+
+        found = self._group.get_error()
+        return "" if found == ErrorType.SUCCESS else str(found)
 
     def abort(self) -> None:
         """Ends all broadcasts on this side; peers see the connection close."""
@@ -157,7 +164,11 @@ def _dotted(version: tuple[int, ...]) -> str:
 @contextmanager
 def _no_watchdog() -> Iterator[None]:
     """Makes groups that torch's watchdog only watches. It is asked when a group is made, and only through these."""
-    wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    wanted = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
