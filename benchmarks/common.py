@@ -15,6 +15,10 @@ from typing import Any
 import torch
 
 
+class NotRunError(Exception):
+    """A case cannot run on this machine; says why."""
+
+
 def machine() -> dict[str, Any]:
     """Describes this machine without naming it."""
     model = platform.processor()
@@ -31,6 +35,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **(gpu_details() if torch.cuda.is_available() else {}),
+    }
+
+
+def gpu_details() -> dict[str, Any]:
+    return {
+        "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / 1e9,
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()),
     }
 
 
@@ -59,8 +72,14 @@ def median_and_spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "spread": [min(values), max(values)]}
 
 
-def write(path: Path | None, cases: list[dict[str, Any]]) -> None:
-    """Prints the cases as a table, and writes them in the format of the project to `path`."""
+def write(path: Path | None, cases: list[dict[str, Any]], **beside: Any) -> None:
+    """Prints the cases as a table, and saves them."""
+    show(cases)
+    save(path, cases, **beside)
+
+
+def show(cases: list[dict[str, Any]]) -> None:
+    """Prints the cases as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -77,8 +96,13 @@ def write(path: Path | None, cases: list[dict[str, Any]]) -> None:
             entry["baseline"],
         )
     Console(width=140).print(table)
+
+
+def save(path: Path | None, cases: list[dict[str, Any]], **beside: Any) -> None:
+    """Writes the cases, and what stands beside them, in the format of the project to `path`."""
     if path is not None:
-        result = {"machine": machine(), "command": shlex.join(["python", *sys.orig_argv[1:]]), "cases": cases}
+        command = shlex.join(["python", *sys.orig_argv[1:]])
+        result = {"machine": machine(), "command": command, "cases": cases, **beside}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
 
