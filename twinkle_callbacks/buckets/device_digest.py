@@ -93,7 +93,7 @@ def word_sums(parts: Sequence[torch.Tensor], starts: Sequence[int], device: torc
 
     kept = [part if part.data_ptr() % _WORD_BYTES == 0 else part.clone() for part in parts]
     rows = [(part.data_ptr(), part.numel(), start // _WORD_BYTES) for part, start in zip(kept, starts, strict=True)]
-    table = torch.tensor(rows, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
     sums = torch.zeros(len(rows), dtype=torch.int64, device=device)
     words = max(nbytes for _, nbytes, _ in rows) // _WORD_BYTES + 1
     programs = min(_MAX_PROGRAMS, -(-words // _BLOCK_WORDS))
