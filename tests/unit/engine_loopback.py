@@ -137,7 +137,9 @@ def joined(
 
 
 async def transfer(
-    master: CollectiveCheckpointEngine, receiver: CollectiveCheckpointEngine, weights: Iterable[tuple[str, torch.Tensor]]
+    master: CollectiveCheckpointEngine,
+    receiver: CollectiveCheckpointEngine,
+    weights: Iterable[tuple[str, torch.Tensor]],
 ) -> tuple[BaseException | None, NamedTensors | BaseException]:
     """Sends and receives at once; what either side returned, or the error that it raised."""
 

@@ -106,13 +106,15 @@ def test_many_streams_of_every_kind_arrive_as_they_were_sent() -> None:
     choose = random.Random(0)
     sizes = [0, 1, 90, 500, 1024, 3000]
     with together() as (sender, receiver):
-        stream: list[tuple[str, torch.Tensor]] = []
+        shapes: list[tuple[int, ...]] = []
         for number in range(60):
             if number % 3 == 0:
                 shapes = [(choose.choice(sizes),) for _ in range(choose.randrange(12))]
             elif number % 3 == 1:
-                shapes = shapes[: choose.randrange(len(shapes) + 1)] + [(choose.choice(sizes),)]
-            stream = [(f"t{i}", random_tensor(torch.float32, shape, 100 * number + i)) for i, shape in enumerate(shapes)]
+                shapes = [*shapes[: choose.randrange(len(shapes) + 1)], (choose.choice(sizes),)]
+            stream = [
+                (f"t{i}", random_tensor(torch.float32, shape, 100 * number + i)) for i, shape in enumerate(shapes)
+            ]
             sent, received = asyncio.run(transfer(sender, receiver, slow(stream, choose)))
             assert sent is None
             assert picture(received) == picture(stream)
@@ -140,6 +142,7 @@ def test_no_room_for_a_bucket_says_what_to_do_and_leaves_no_file(
         assert not list(folder.iterdir())
 
 
+@pytest.mark.xfail(strict=True, reason="receivers wait for the whole timeout and are not told why")
 def test_no_room_for_a_bucket_is_told_to_the_receivers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     no_room_after(0, monkeypatch)
     with together(SHORT_S) as (sender, receiver):
@@ -212,28 +215,34 @@ def test_bucket_that_a_receiver_may_not_open_is_an_error_on_both_sides(
     cannot_be_seen(monkeypatch, folder, "Permission denied")
 
 
+@pytest.mark.xfail(strict=True, reason="any path is mapped")
 def test_receiver_maps_nothing_but_buckets(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A tenant's trainer is a master too, and digests would tell it what is in a file that it named."""
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "twinkle-1"
-    for path in (elsewhere, folder / "database", folder / "twinkle-1" / ".." / "database"):
-        path.parent.mkdir(exist_ok=True)
+    (folder / "twinkle-2").mkdir()
+    for path in (elsewhere, folder / "database", folder / "twinkle-2" / ".." / "database"):
         path.write_bytes(bytes(4096))
         with pytest.raises(errors.EngineError, match="no bucket"):
             SharedMemoryBackend().map(str(path).encode(), 4096)
+    (folder / "twinkle-3").symlink_to(elsewhere)
+    with pytest.raises(errors.EngineError):
+        SharedMemoryBackend().map(str(folder / "twinkle-3").encode(), 4096)
 
 
 # One side is gone
 
 
+@pytest.mark.xfail(strict=True, reason="the master waits for the whole timeout")
 def test_receiver_that_is_gone_before_it_mapped_is_noticed_at_once() -> None:
-    with together() as (sender, receiver):
+    with together(2 * SHORT_S) as (sender, receiver):
         receiver.finalize()
         began = time.monotonic()
         with pytest.raises(errors.EngineError):
             asyncio.run(sender.send_weights(STREAM))
-        assert time.monotonic() - began < AT_ONCE_S
+        assert time.monotonic() - began < SHORT_S
 
 
+@pytest.mark.xfail(strict=True, reason="it is a DeadlineError")
 def test_master_that_is_gone_before_it_shared_is_an_engine_error_at_once() -> None:
     async def receive() -> list[str]:
         return [name async for name, _ in receiver.receive_weights()]
@@ -244,11 +253,11 @@ def test_master_that_is_gone_before_it_shared_is_an_engine_error_at_once() -> No
         sender.finalize()
         await task
 
-    with together() as (sender, receiver):
+    with together(2 * SHORT_S) as (sender, receiver):
         began = time.monotonic()
         with pytest.raises(errors.EngineError):
             asyncio.run(leave())
-        assert time.monotonic() - began < AT_ONCE_S
+        assert time.monotonic() - began < SHORT_S
 
 
 INTERRUPTED = """
@@ -266,6 +275,7 @@ print("shared")
 """
 
 
+@pytest.mark.xfail(strict=True, reason="both files are left")
 def test_process_that_ends_while_receivers_have_not_mapped_leaves_no_file(folder: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(folder)], capture_output=True, text=True, timeout=60, check=False
