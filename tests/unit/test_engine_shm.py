@@ -143,7 +143,6 @@ def test_no_room_for_a_bucket_says_what_to_do_and_leaves_no_file(
         assert not list(folder.iterdir())
 
 
-@pytest.mark.xfail(strict=True, reason="receivers wait for the whole timeout and are not told why")
 def test_no_room_for_a_bucket_is_told_to_the_receivers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     no_room_after(0, monkeypatch)
     with together(SHORT_S) as (sender, receiver):
@@ -216,7 +215,6 @@ def test_bucket_that_a_receiver_may_not_open_is_an_error_on_both_sides(
     cannot_be_seen(monkeypatch, folder, "Permission denied")
 
 
-@pytest.mark.xfail(strict=True, reason="any path is mapped")
 def test_receiver_maps_nothing_but_buckets(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A tenant's trainer is a master too, and digests would tell it what is in a file that it named."""
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "twinkle-1"
@@ -233,7 +231,6 @@ def test_receiver_maps_nothing_but_buckets(folder: Path, tmp_path_factory: pytes
 # One side is gone
 
 
-@pytest.mark.xfail(strict=True, reason="the master waits for the whole timeout")
 def test_receiver_that_is_gone_before_it_mapped_is_noticed_at_once() -> None:
     with together(2 * SHORT_S) as (sender, receiver):
         receiver.finalize()
@@ -243,7 +240,6 @@ def test_receiver_that_is_gone_before_it_mapped_is_noticed_at_once() -> None:
         assert time.monotonic() - began < SHORT_S
 
 
-@pytest.mark.xfail(strict=True, reason="it is a DeadlineError")
 def test_master_that_is_gone_before_it_shared_is_an_engine_error_at_once() -> None:
     async def receive() -> list[str]:
         return [name async for name, _ in receiver.receive_weights()]
@@ -261,7 +257,6 @@ def test_master_that_is_gone_before_it_shared_is_an_engine_error_at_once() -> No
         assert time.monotonic() - began < SHORT_S
 
 
-@pytest.mark.xfail(strict=True, reason="its link stays open, and the master waits for the whole timeout")
 @pytest.mark.parametrize("engine_cls", [SharedMemoryCheckpointEngine, GlooCheckpointEngine])
 def test_consumer_that_raises_is_an_error_on_the_sender_at_once(engine_cls: type[CollectiveCheckpointEngine]) -> None:
     """A vLLM worker that has no room for a tensor leaves its group only when the trainer tells it to."""
@@ -299,7 +294,6 @@ print("shared")
 """
 
 
-@pytest.mark.xfail(strict=True, reason="both files are left")
 def test_process_that_ends_while_receivers_have_not_mapped_leaves_no_file(folder: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(folder)], capture_output=True, text=True, timeout=60, check=False
