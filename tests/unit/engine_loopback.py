@@ -114,11 +114,14 @@ def messages(wire: queue.SimpleQueue[Any]) -> list[bytes]:
 
 @contextmanager
 def joined(
-    timeout_s: float = TIMEOUT_S, bucket_size: int = 4096, verify: bool = True
-) -> Iterator[tuple[LoopbackEngine, LoopbackEngine]]:
+    timeout_s: float = TIMEOUT_S,
+    bucket_size: int = 4096,
+    verify: bool = True,
+    engine_cls: type[CollectiveCheckpointEngine] = LoopbackEngine,
+) -> Iterator[tuple[Any, Any]]:
     """A master and a receiver in one group; `verify` is the receiver's."""
-    master = LoopbackEngine(bucket_size, timeout_s, token=TOKEN)
-    receiver = LoopbackEngine(bucket_size, timeout_s, token=TOKEN, verify=verify)
+    master = engine_cls(bucket_size, timeout_s, token=TOKEN)
+    receiver = engine_cls(bucket_size, timeout_s, token=TOKEN, verify=verify)
     master.is_master = True
     metadata = master.prepare()
     receiver.prepare()
@@ -134,7 +137,9 @@ def joined(
 
 
 async def transfer(
-    master: LoopbackEngine, receiver: LoopbackEngine, weights: Iterable[tuple[str, torch.Tensor]]
+    master: CollectiveCheckpointEngine,
+    receiver: CollectiveCheckpointEngine,
+    weights: Iterable[tuple[str, torch.Tensor]],
 ) -> tuple[BaseException | None, NamedTensors | BaseException]:
     """Sends and receives at once; what either side returned, or the error that it raised."""
 

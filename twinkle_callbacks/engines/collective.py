@@ -66,11 +66,16 @@ class _Group:
         for end in (self.sender, self.receiver):
             if end is not None:
                 end.close()
-        if self.backend is not None:
-            self.backend.close()
+        self.hang_up()
         if self.rendezvous is not None:
             self.rendezvous.close()
-        self.sender = self.receiver = self.backend = None
+        self.sender = self.receiver = None
+
+    def hang_up(self) -> None:
+        """Closes the links, so that peers notice; the rendezvous stays."""
+        backend, self.backend = self.backend, None
+        if backend is not None:
+            backend.close()
 
 
 class CollectiveCheckpointEngine(CheckpointEngine):
@@ -219,6 +224,8 @@ class CollectiveCheckpointEngine(CheckpointEngine):
             cause = error if isinstance(error, Exception) else left
             self._poison(group, cause)
             self._complain(rendezvous, topic, cause)
+            if group.thread is not None:
+                group.thread.submit(group.hang_up)  # or the master would wait for its deadline
             raise
 
     async def _receiver(self, group: _Group, backend: CollectiveBackend) -> FrameReceiver:

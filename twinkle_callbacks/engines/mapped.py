@@ -1,4 +1,4 @@
-"""Buckets that receivers see in the master's own memory: no byte is sent, only word of what is filled and what is read.
+"""Buckets that receivers see in the master's own memory: no byte is sent, only word of what is filled and what read.
 
 What little does travel, control blocks and headers, goes through Gloo, as does the word: one byte, broadcast, says that
 a slice is filled; one byte back, from each receiver, that a bucket may be filled again.
@@ -15,10 +15,21 @@ import torch
 from twinkle_callbacks.buckets.frames import Failure
 from twinkle_callbacks.engines.backend import Pending
 from twinkle_callbacks.engines.gloo import GlooBackend
-from twinkle_callbacks.errors import DeadlineError, EngineError, TwinkleError, from_wire, text_of
+from twinkle_callbacks.errors import DeadlineError, EngineError, TwinkleError, from_wire
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+
+MAPPED = 2
+"""Tag of the word that a receiver has mapped the buckets, or could not; 0 and 1 are those of released buckets."""
+
+
+class _Offer(msgspec.Struct, frozen=True):
+    """What a receiver needs to map each bucket, or why there is none; also a receiver's answer."""
+
+    tickets: list[bytes]
+    failure: Failure | None = None
 
 
 class MappedBackend(GlooBackend):
@@ -54,45 +65,50 @@ class MappedBackend(GlooBackend):
         self._store, self._rank, self._receivers = store, rank, range(1, world_size)
 
     def shared_buckets(self, nbytes: int) -> list[torch.Tensor]:
-        self._buckets = self._share(nbytes) if self._rank == 0 else self._map_all(nbytes)
+        if self._rank == 0:
+            self._share(nbytes)
+        else:
+            self._see(nbytes)
         return self._buckets
 
-    def _share(self, nbytes: int) -> list[torch.Tensor]:
+    def _share(self, nbytes: int) -> None:
+        """On the master. What is in the store is announced by a word over the links: those tell at once who is gone."""
         try:
             made = [self.create(nbytes) for _ in range(2)]
         except TwinkleError as error:
-            self._store.set("buckets", msgspec.msgpack.encode(Failure.of(error)))
+            self._offer([], Failure.of(error))
             raise
-        self._store.set("buckets", msgspec.msgpack.encode([ticket for _, ticket in made]))
+        self._buckets = [bucket for bucket, _ in made]
+        self._offer([ticket for _, ticket in made])
         for rank in self._receivers:
-            self._check_mapped(rank)
+            try:
+                self._word_from(rank, MAPPED).wait()
+            except DeadlineError as error:
+                raise DeadlineError(f"rank {rank} did not map the buckets within {self._timeout_s:g} s") from error
+            answer = msgspec.msgpack.decode(self._store.get(f"mapped/{rank}"), type=_Offer)
+            if answer.failure is not None:
+                raise from_wire(answer.failure.type, f"rank {rank}: {answer.failure.message}", EngineError)
         self.all_mapped()
-        return [bucket for bucket, _ in made]
 
-    def _map_all(self, nbytes: int) -> list[torch.Tensor]:
-        told = msgspec.msgpack.decode(
-            self._get("buckets", "the master", "share its buckets"), type=list[bytes] | Failure
-        )
-        if isinstance(told, Failure):
-            raise from_wire(told.type, f"the master: {told.message}", EngineError)
+    def _offer(self, tickets: list[bytes], failure: Failure | None = None) -> None:
+        self._store.set("buckets", msgspec.msgpack.encode(_Offer(tickets, failure)))
+        super().broadcast(_word()).wait()
+
+    def _see(self, nbytes: int) -> None:
+        """On a receiver."""
+        super().broadcast(_word()).wait()
+        offer = msgspec.msgpack.decode(self._store.get("buckets"), type=_Offer)
+        if offer.failure is not None:
+            raise from_wire(offer.failure.type, f"the sender: {offer.failure.message}", EngineError)
+        failure = None
         try:
-            mapped = [self.map(ticket, nbytes) for ticket in told]
+            self._buckets = [self.map(ticket, nbytes) for ticket in offer.tickets]
         except TwinkleError as error:
-            self._store.set(f"mapped/{self._rank}", f"{type(error).__name__}:{error}")
+            failure = Failure.of(error)
             raise
-        self._store.set(f"mapped/{self._rank}", "")
-        return mapped
-
-    def _check_mapped(self, rank: int) -> None:
-        kind, _, reason = self._get(f"mapped/{rank}", f"rank {rank}", "map the buckets").decode().partition(":")
-        if kind:
-            raise from_wire(kind, f"rank {rank}: {reason}", EngineError)
-
-    def _get(self, key: str, who: str, doing: str) -> bytes:
-        try:
-            return bytes(self._store.get(key))
-        except RuntimeError as error:
-            raise DeadlineError(f"{who} did not {doing} within {self._timeout_s:g} s: {text_of(error)}") from error
+        finally:
+            self._store.set(f"mapped/{self._rank}", msgspec.msgpack.encode(_Offer([], failure)))
+            self._words[MAPPED] = self.start(lambda group: group.send([_word()], 0, MAPPED), "word of mapped buckets")
 
     def broadcast(self, buffer: torch.Tensor) -> Pending:
         if not any(_holds(bucket, buffer) for bucket in self._buckets):

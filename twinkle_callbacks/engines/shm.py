@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
+import weakref
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +22,7 @@ from twinkle_callbacks.engines.mapped import MappedBackend
 from twinkle_callbacks.errors import EngineError
 
 FOLDER = Path("/dev/shm")  # noqa: S108  # POSIX shared memory; names are random, and files are the user's own
+PREFIX = "twinkle-"
 
 
 class SharedMemoryBackend(MappedBackend):
@@ -28,9 +31,10 @@ class SharedMemoryBackend(MappedBackend):
     def __init__(self) -> None:
         super().__init__()
         self._files: list[Path] = []
+        weakref.finalize(self, _unlink, self._files)  # a process may end while a receiver has not mapped them yet
 
     def create(self, nbytes: int) -> tuple[torch.Tensor, bytes]:
-        path = FOLDER / f"twinkle-{secrets.token_hex(16)}"
+        path = FOLDER / f"{PREFIX}{secrets.token_hex(16)}"
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             self._files.append(path)
@@ -38,19 +42,22 @@ class SharedMemoryBackend(MappedBackend):
                 os.posix_fallocate(handle, 0, nbytes)  # or a full folder would kill this process when it writes
             finally:
                 os.close(handle)
-        except OSError as error:
+            return _mapped(path, nbytes), str(path).encode()
+        except (OSError, RuntimeError) as error:
             self.all_mapped()
             raise EngineError(
-                f"no shared memory for a bucket of {nbytes >> 20} MiB in {FOLDER} ({error.strerror}): make "
+                f"no shared memory for a bucket of {nbytes >> 20} MiB in {FOLDER} ({error}): make "
                 f"bucket_size_mb smaller, give the container more (docker run --shm-size), or use engine='gloo'"
             ) from error
-        return _mapped(path, nbytes), str(path).encode()
 
     def map(self, ticket: bytes, nbytes: int) -> torch.Tensor:
         path = Path(ticket.decode())
+        if path.parent != FOLDER or not path.name.startswith(PREFIX):  # a tenant's trainer may not name any file
+            raise EngineError(f"the master shares {path}, which is no bucket in {FOLDER}")
         try:
-            if path.stat().st_size != nbytes:
-                raise EngineError(f"the master's bucket {path} has another size than this side's bucket_size={nbytes}")
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
+                raise OSError(f"it has another size than this side's bucket_size={nbytes}")
             return _mapped(path, nbytes)
         except (OSError, RuntimeError) as error:
             raise EngineError(
@@ -60,9 +67,7 @@ class SharedMemoryBackend(MappedBackend):
             ) from error
 
     def all_mapped(self) -> None:
-        for path in self._files:
-            path.unlink(missing_ok=True)
-        self._files = []
+        _unlink(self._files)
 
     def close(self) -> None:
         self.all_mapped()
@@ -74,6 +79,11 @@ class SharedMemoryCheckpointEngine(CollectiveCheckpointEngine):
 
     name: ClassVar[str] = "shm"
     backend_cls: ClassVar[type[CollectiveBackend]] = SharedMemoryBackend
+
+
+def _unlink(files: list[Path]) -> None:
+    while files:
+        files.pop().unlink(missing_ok=True)
 
 
 def _mapped(path: Path, nbytes: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Holdings:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        modules = _modules(root)
+        modules = modules_of(root)
         self._paths = {id(module): path for path, module in modules}
         wrappers = loaded("torch.distributed.fsdp", "FSDPModule") + fsdp1.wrapper()
         sharded = [module for _, module in modules if isinstance(module, wrappers)]
@@ -83,7 +83,7 @@ def _handle(name: str, tensor: Any) -> Handle:
     return whole(tensor)
 
 
-def _modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+def modules_of(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module of a tree once, and the prefix of its tensors' canonical names.
 
     `named_modules()` takes ten times as long, which counts where thousands of adapter layers are walked for each push.

@@ -22,6 +22,7 @@ from twinkle_callbacks.sources.mergeable import check_mergeable, check_separable
 from twinkle_callbacks.sources.merging import peft_model
 from twinkle_callbacks.sources.names import select
 from twinkle_callbacks.sources.refusals import refuse_empty, refuse_quantized, refuse_wrong_root
+from twinkle_callbacks.sources.snapshot import Snapshot
 from twinkle_callbacks.sources.survey import survey
 from twinkle_callbacks.sources.units import Unit, gathered_from
 
@@ -74,6 +75,7 @@ class ModuleSource(WeightSource):
         units = self._survey()
         refuse_empty(self._module, units)
         self._kinds = _kinds(units)
+        self._units, self._snapshot = units, Snapshot.of(self._root, units)
         self._gathered_from = gathered_from(units)
         metas = {name: torch.empty(kind.shape, dtype=kind.sent, device="meta") for name, kind in self._kinds.items()}
         self._plan = plan_conversions(self._module, metas)
@@ -115,9 +117,12 @@ class ModuleSource(WeightSource):
 
     def _unchanged(self) -> list[Unit]:
         """The module's units as they are now. Parameters may have been replaced, but not by others of another kind."""
+        if self._snapshot is not None and self._snapshot.is_same():
+            return self._units
         units = self._survey()
         before, now = self._kinds, _kinds(units)
         if list(now.items()) == list(before.items()):
+            self._units, self._snapshot = units, Snapshot.of(self._root, units)
             return units
         lines = [f"{name} is gone" for name in before if name not in now]
         lines += [f"{name} is new" for name in now if name not in before]

@@ -68,6 +68,11 @@ class Unit(NamedTuple):
         return Unit(outputs, self.needs, lambda tensors: _at(build(tensors), kept))
 
 
+def is_plain(unit: Unit) -> bool:
+    """Whether a unit is one tensor as it is, which this rank has in full and nothing shards."""
+    return unit.build is _as_they_are and all(not w.handle.is_sharded and not w.handle.blocks for w in unit.needs)
+
+
 def gathered_from(units: Iterable[Unit]) -> list[str]:
     """What has to be equal on all ranks for them to gather these units together, in order."""
     return [line for unit in units for line in unit.agreement()]
