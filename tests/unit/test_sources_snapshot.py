@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from twinkle_callbacks.errors import SourceError
-from twinkle_callbacks.sources import open_source
 from twinkle_callbacks.sources import module as module_source
+from twinkle_callbacks.sources import open_source
 
 
 def policy() -> nn.Sequential:

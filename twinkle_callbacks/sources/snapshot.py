@@ -1,6 +1,6 @@
 """Whether a module tree without sharding, adapters or quantization is still the one that was surveyed.
 
-A survey takes 15 ms for the 400 tensors of an 8B policy, which is more than sending them within one GPU; this takes one.
+A survey takes 15 ms for the 400 tensors of an 8B policy, more than sending them within one GPU; this takes two.
 """
 
 from __future__ import annotations
