@@ -17,12 +17,14 @@ export PYTHONUNBUFFERED := 1
 PYTEST  := $(BIN)/python -m pytest
 # Two workers: the cores of a small machine. Tests that start processes of their own run one at a time instead.
 UNIT    := $(PYTEST) --numprocesses 2 --dist loadfile --durations=5 tests/unit
+# The pinned list is for CPUs: an environment with a CUDA build of torch, vLLM and the tests' packages.
+GPU_PYTHON ?= python3
 BENCH   ?= --engine gloo --json runs/bench_engine.json
 BENCH_GATHER ?= --json runs/bench_gather.json
 BENCH_LORA ?= --json runs/bench_lora.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tenants test test-fast test-distributed test-vllm lint format clean clean-venv \
+.PHONY: help setup demo tenants test test-fast test-distributed test-vllm test-gpu lint format clean clean-venv \
 	bench bench-gather bench-lora
 
 help:  ## list the targets
@@ -48,6 +50,9 @@ test-distributed: $(STAMP)  ## tests with several trainer processes
 
 test-vllm: $(STAMP)  ## tests with a real vLLM
 	$(PYTEST) --durations=5 tests/vllm
+
+test-gpu:  ## tests that need an NVIDIA GPU; name an environment with CUDA: make test-gpu GPU_PYTHON=/path/to/python
+	$(GPU_PYTHON) -m pytest --durations=10 tests/gpu
 
 lint: $(STAMP)  ## ruff, mypy --strict on the package, import layers
 	$(BIN)/ruff check .

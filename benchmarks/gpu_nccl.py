@@ -17,11 +17,8 @@ WARM_ROUNDS = 2
 TIMEOUT_S = 60.0
 MODELS = 2  # of 1 GiB each
 VERIFY = {"nccl": True, "nccl, verify off": False}
-
-
-def be_a_host(rank: int) -> None:
-    """Before NCCL starts: it refuses two ranks on one GPU of one host. The rest is what makes sockets fastest here."""
-    os.environ |= {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_NTHREADS": "8", "NCCL_NSOCKS_PERTHREAD": "4"}
+# NCCL refuses two ranks on one GPU of one host. As hosts of their own they are linked by sockets, fastest like this.
+HOST_ENV = {"NCCL_HOSTID": "host{rank}", "NCCL_SOCKET_NTHREADS": "8", "NCCL_NSOCKS_PERTHREAD": "4"}
 
 
 def sizes() -> list[int]:
@@ -34,7 +31,7 @@ class End:
     def __init__(self, rank: int, link: Connection, bucket_bytes: int, token: str) -> None:
         import torch
 
-        be_a_host(rank)
+        os.environ |= {name: value.format(rank=rank) for name, value in HOST_ENV.items()}  # before NCCL starts
         torch.cuda.set_device(0)
         self._rank, self._link, self._bucket_bytes, self._token = rank, link, bucket_bytes, token
         self._engines: dict[str, Any] = {}

@@ -1,0 +1,92 @@
+"""A trained policy on the GPU, and vLLM engines beside it, each with a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.gpu_nccl import HOST_ENV
+from tests.tiny_models import build
+from tests.vllm.engines import make_llm
+
+DEVICE = "cuda"
+MIB = 1 << 20
+
+
+class Served(NamedTuple):
+    """An engine, and the process that it runs in."""
+
+    llm: Any
+    pid: int
+
+    def ask(self, question: str) -> Any:
+        """A question of `probe.Probe`."""
+        [answer] = self.llm.collective_rpc(f"twinkle_{question}")
+        return answer
+
+
+class Memory(NamedTuple):
+    """In MiB: what torch holds here and in the worker, and what all processes take of the GPU."""
+
+    trainer: float
+    worker: float
+    gpu: float
+
+    @classmethod
+    def now(cls, served: Served) -> Memory:
+        gc.collect()
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        sizes = torch.cuda.memory_reserved(), served.ask("reserved_bytes"), total - free
+        return cls(*(size / MIB for size in sizes))
+
+    def assert_flat(self, later: Memory, slack_mib: float) -> None:
+        growth = max(b - a for a, b in zip(self, later, strict=True))
+        assert growth <= slack_mib, f"{self} became {later}"
+
+
+@contextmanager
+def host(name: str) -> Iterator[None]:
+    """What NCCL takes this process for, or one that is started here, when it first looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in HOST_ENV.items():
+            patch.setenv(variable, value.format(rank=f"-{name}"))
+        yield
+
+
+def serve(folder: Path, *, synced: bool) -> Served:
+    """An engine with a process of its own, ended by `tests.vllm.engines.release`."""
+    before = set(multiprocessing.active_children())
+    with host("worker"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        settings = {"dtype": "bfloat16", "gpu_memory_utilization": 0.05}  # of the GPU, free when it starts
+        llm = make_llm(folder, synced=synced, worker_extension_cls="tests.gpu.probe.Probe", **settings)
+    [process] = set(multiprocessing.active_children()) - before
+    assert process.pid not in (None, os.getpid())
+    return Served(llm, process.pid)
+
+
+def make_policy(seed: int) -> torch.nn.Module:
+    """A Qwen3 of two layers; its norms are small enough to share a block of torch's memory with each other."""
+    policy: torch.nn.Module = build("qwen3", seed=seed, head_dim=64).to(DEVICE, torch.bfloat16)
+    return policy
+
+
+def train(policy: torch.nn.Module, step: int) -> None:
+    """Changes all weights in place, the same way for the same step; at times some move to other memory."""
+    values = torch.Generator(DEVICE).manual_seed(step)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            noise = torch.randn(parameter.shape, generator=values, device=DEVICE, dtype=parameter.dtype)
+            parameter.add_(noise, alpha=0.01)
+        if step % 10 == 5:
+            for parameter in list(policy.parameters())[::3]:
+                parameter.data = parameter.data.clone()
