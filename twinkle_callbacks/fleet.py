@@ -5,10 +5,8 @@ Each server has its own rank offset in one group, so several plain servers are s
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import secrets
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from twinkle_callbacks import auth
+from twinkle_callbacks.addresses import address_towards
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.engines import get_engine
 from twinkle_callbacks.engines.base import CheckpointEngine
@@ -132,7 +131,7 @@ class Fleet:
             bucket_size=self.bucket_size_bytes,
             timeout=self.settings.timeout_s,
             token=self._token,
-            host=_address_towards([rollout.host for rollout in rollouts]),
+            host=address_towards([rollout.host for rollout in rollouts]),
             verify=self.settings.verify != "off",
         )
         engine.is_master = True
@@ -202,10 +201,12 @@ class Fleet:
         return self.replicas[0].staged[0].digest
 
     def check(self) -> None:
-        """Asks every worker whether its model takes what it staged. Nobody is paused for it."""
+        """Asks the workers that do not know it yet whether their model takes what they staged. Nobody is paused."""
         self._each(self._check)
 
     def _check(self, replica: Replica) -> None:
+        if all(worker.fits for worker in replica.staged):
+            return
         replica.rollout.update({"action": CHECK, "push": self._push_number})
         _raise_failure(replica, self._receipts_of(replica, f"checked-{self._push_number}", Checked))
 
@@ -377,23 +378,3 @@ def _raise_failure(replica: Replica, receipts: Sequence[Staged | Checked | Commi
 
 def _shape(runs: Joined) -> str:
     return f"{runs.architecture}(hidden_size={runs.hidden_size}, layers={runs.layers}, vocab_size={runs.vocab_size})"
-
-
-def _address_towards(hosts: Sequence[str]) -> str:
-    """This host's address that all of `hosts` can reach: loopback if all are here, else that of the outgoing interface.
-
-    Raises:
-        ConfigError: a host's name does not resolve.
-    """
-    address = "127.0.0.1"
-    for host in hosts:
-        try:
-            family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect(target)  # sends nothing; only picks the interface
-                mine = str(probe.getsockname()[0])
-        except OSError as error:
-            raise ConfigError(f"rollouts: the host {host!r} cannot be resolved or reached: {error}") from error
-        if not ipaddress.ip_address(mine).is_loopback:
-            address = mine
-    return address

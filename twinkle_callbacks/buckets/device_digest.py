@@ -1,9 +1,10 @@
 """Digests of tensors that live on a GPU, computed there: 64 bits for each tensor, positional, by one Triton kernel.
 
-Each 8-byte word is mixed with its index before the words are summed, so a word in another place changes the digest,
-which a plain checksum such as `torch.hash_tensor` does not notice; the mixer is that of SplitMix64 (Steele, Lea and
-Flood, OOPSLA 2014). Sums may be taken in any order and in parts, so chunks of a tensor add up. Both ends of a wire
-compute the same one; it is not the XXH3 of host memory.
+Method: NH, the universal hash of UMAC (RFC 4418, 5.2.2): the two halves of each 8-byte word, each plus a key, are
+multiplied, and the products summed. Keys are made from the word's index, so a word in another place changes the digest,
+which a plain checksum such as `torch.hash_tensor` does not notice. Sums may be taken in any order and in parts, so
+chunks of a tensor add up. Both ends of a wire compute the same one; it is not the XXH3 of host memory. It detects
+corruption, not an attacker.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _MASK = (1 << 64) - 1
 
 
 class DeviceStreamDigest(StreamDigest):
-    """A `StreamDigest` of flat uint8 tensors on one GPU. Nothing waits for the GPU before `values` are asked for.
+    """A `StreamDigest` of contiguous tensors on one GPU. Nothing waits for the GPU before `values` are asked for.
 
     Memory is read in the order of the current stream of the thread that adds it.
     """
@@ -38,7 +39,7 @@ class DeviceStreamDigest(StreamDigest):
         parts: list[torch.Tensor] = list(data)
         first = len(self._lengths)
         self.names.extend(names)
-        self._lengths.extend(part.numel() for part in parts)
+        self._lengths.extend(part.nbytes for part in parts)
         self._add(parts, [0] * len(parts), list(range(first, first + len(parts))))
 
     def add_chunk(self, name: str, data: Any, *, first: bool, last: bool) -> None:
@@ -46,7 +47,7 @@ class DeviceStreamDigest(StreamDigest):
             self.names.append(name)
             self._lengths.append(0)
         self._add([data], [self._lengths[-1]], [len(self._lengths) - 1])
-        self._lengths[-1] += data.numel()
+        self._lengths[-1] += data.nbytes
 
     def drop_last(self, count: int) -> None:
         if count:
@@ -55,7 +56,7 @@ class DeviceStreamDigest(StreamDigest):
             self._sums = [(sums, [slot if slot < kept else -1 for slot in slots]) for sums, slots in self._sums]
 
     def _add(self, parts: Sequence[torch.Tensor], starts: Sequence[int], slots: list[int]) -> None:
-        if any(part.numel() for part in parts):
+        if any(part.nbytes for part in parts):
             self._sums.append((word_sums(parts, starts, self._device), slots))
 
     @property
@@ -77,22 +78,29 @@ def digest_for(device: torch.device) -> StreamDigest:
 def tensor_digest(tensor: torch.Tensor) -> int:
     """The digest of one tensor, computed where it is."""
     digest = digest_for(tensor.device)
-    digest.add_tensors([""], [memory(as_bytes(tensor))])
+    digest.add_tensors([""], [digestible(tensor)])
     return digest.values[0]
+
+
+def digestible(tensor: torch.Tensor) -> Any:
+    """What the digest of a tensor is computed from: on a GPU the tensor if its elements lie in order, else its bytes."""
+    if tensor.is_cuda and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        return tensor
+    return memory(as_bytes(tensor))
 
 
 def word_sums(parts: Sequence[torch.Tensor], starts: Sequence[int], device: torch.device) -> torch.Tensor:
     """The sum of the mixed words of each part, int64 on the GPU; one kernel for all.
 
     Args:
-        parts: flat uint8 tensors on the device, of any length.
+        parts: contiguous tensors on the device, of any length.
         starts: where in its tensor each part begins, in bytes, a multiple of 8.
         device: where they are.
     """
     from twinkle_callbacks.buckets.device_kernels import word_sums_kernel
 
     kept = [part if part.data_ptr() % _WORD_BYTES == 0 else part.clone() for part in parts]
-    rows = [(part.data_ptr(), part.numel(), start // _WORD_BYTES) for part, start in zip(kept, starts, strict=True)]
+    rows = [(part.data_ptr(), part.nbytes, start // _WORD_BYTES) for part, start in zip(kept, starts, strict=True)]
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
     sums = torch.zeros(len(rows), dtype=torch.int64, device=device)
     words = max(nbytes for _, nbytes, _ in rows) // _WORD_BYTES + 1

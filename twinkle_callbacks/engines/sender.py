@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from twinkle_callbacks.buckets.device_digest import digest_for
+from twinkle_callbacks.buckets.device_digest import digest_for, digestible
 from twinkle_callbacks.buckets.frames import (
     MAX_HEADER_BYTES,
     Control,
@@ -97,6 +97,7 @@ class FrameSender:
         self._source_s = 0.0
         self._mapped: list[tuple[torch.Tensor, str, Place]] = []  # to be told of in the next MAPPED frame
         self._kept: list[torch.Tensor] = []  # receivers may be looking at them
+        self._told_before: tuple[list[Any], bytes, bytes] = [], b"", b""  # in the last MAPPED frame: header, layout
         self.source_failed = False
         apart = verify and self._device.type == "cpu"  # a GPU computes beside this thread anyway
         self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if apart else None
@@ -212,14 +213,11 @@ class FrameSender:
         mapped, self._mapped = self._mapped, []
         if not mapped:
             return
-        tickets = list(dict.fromkeys(place.ticket for _, _, place in mapped))
-        numbers = {ticket: number for number, ticket in enumerate(tickets)}
-        entries = [
-            MappedEntry(name, dtype_name(tensor.dtype), tuple(tensor.shape), numbers[place.ticket], place.offset)
-            for tensor, name, place in mapped
-        ]
-        header = encode(Mapped(tickets, entries))
-        layout = layout_hash(header)
+        picture = [(name, tensor.dtype, tensor.shape, place) for tensor, name, place in mapped]
+        if picture != self._told_before[0]:
+            header = _mapped_header(mapped)
+            self._told_before = picture, header, layout_hash(header)
+        _, header, layout = self._told_before
         known = layout in self._known_layouts or layout in self._used_layouts
         self._used_layouts.add(layout)
         tensors = [tensor for tensor, _, _ in mapped]
@@ -230,7 +228,7 @@ class FrameSender:
         told = b"" if known else header
         self._start_frame(Control(Kind.MAPPED, self._sequence, len(told), nbytes, layout), told)
         if self._verify:
-            self._digest.add_tensors([name for _, name, _ in mapped], [memory(as_bytes(each)) for each in tensors])
+            self._digest.add_tensors([name for _, name, _ in mapped], [digestible(each) for each in tensors])
 
     def _send_tensor(self, step: _Step, tensor: torch.Tensor) -> None:
         if step.view is not None:
@@ -366,3 +364,13 @@ class FrameSender:
     def _drain(self) -> None:
         self._wait(0)
         self._wait(1)
+
+
+def _mapped_header(mapped: list[tuple[torch.Tensor, str, Place]]) -> bytes:
+    tickets = list(dict.fromkeys(place.ticket for _, _, place in mapped))
+    numbers = {ticket: number for number, ticket in enumerate(tickets)}
+    entries = [
+        MappedEntry(name, dtype_name(tensor.dtype), tuple(tensor.shape), numbers[place.ticket], place.offset)
+        for tensor, name, place in mapped
+    ]
+    return encode(Mapped(tickets, entries))

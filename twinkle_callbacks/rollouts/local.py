@@ -73,7 +73,8 @@ class LocalRollout(Rollout):
         # As vLLM's own pause over HTTP does, which an offline engine does not have.
         if not self._call("reset_prefix_cache", False, True):
             raise RolloutError("the local vLLM did not drop its cached prefixes; set stale_kv='keep' if they may stay")
-        self._call("reset_mm_cache")
+        if self.llm.llm_engine.vllm_config.model_config.is_multimodal_model:
+            self._call("reset_mm_cache")
 
     def set_version(self, version: int) -> None:
         self._version = str(version)

@@ -109,7 +109,10 @@ class _TransformersPlan(ConversionPlan):
                 key = self._group_of[name]
                 pending.setdefault(key, {})[name] = tensor
                 if len(pending[key]) == len(self._members[key]):
-                    yield from self._revert(self._skeleton, pending.pop(key)).items()
+                    with torch.no_grad():
+                        reverted = self._revert(self._skeleton, pending.pop(key))
+                    yield from reverted.items()
+                    del reverted
             del tensor  # before the next one is gathered, not after
 
 

@@ -92,12 +92,14 @@ class ModuleSource(WeightSource):
 
     def check(self) -> None:
         self._checked = self._unchanged()
-        self._storages = {_storage(tensor) for tensor in (*self._root.parameters(), *self._root.buffers())}
+        tensors = (
+            (*self._root.parameters(), *self._root.buffers()) if self._snapshot is None else self._snapshot.tensors
+        )
+        self._storages = {_storage(tensor) for tensor in tensors}
 
     def lasts(self, tensor: torch.Tensor) -> bool:
         return _storage(tensor) in self._storages
 
-    @torch.no_grad()
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         units, self._checked = self._checked or self._unchanged(), None
         with closing(_named(units)) as named:
@@ -146,7 +148,7 @@ def _storage(tensor: torch.Tensor) -> int:
 def _named(units: list[Unit]) -> Generator[tuple[str, torch.Tensor], None, None]:
     with closing(gathered(units)) as arriving:
         for unit, tensors in arriving:
-            built = list(unit.build(tensors))
+            built = unit.made(tensors)
             del tensors
             for output in unit.outputs:
                 yield output.name, built.pop(0)

@@ -19,12 +19,16 @@ _PLAIN = (nn.Parameter, torch.Tensor, nn.Buffer)
 
 
 class Snapshot:
-    """The modules and tensors of a tree, each by its identity and kind. Values may change, nothing else."""
+    """The modules and tensors of a tree, each by its identity and kind. Values may change, nothing else.
+
+    Attributes:
+        tensors: its parameters and buffers.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._kept = modules_of(root)  # so that no identity is given to another object
-        self._tensors = [tensor for _, module in self._kept for tensor in _tensors(module)]
+        self._kept = [module for _, module in modules_of(root)]  # so that no identity is given to another object
+        self.tensors = [tensor for module in self._kept for tensor in _tensors(module)]
         self._picture = self._look()
 
     @classmethod
@@ -34,9 +38,9 @@ class Snapshot:
             return None
         snapshot = cls(root)
         wrappers = loaded("torch.distributed.fsdp", "FSDPModule") + fsdp1.wrapper()
-        if any(isinstance(module, wrappers) or merging.is_part(module) for _, module in snapshot._kept):
+        if any(isinstance(module, wrappers) or merging.is_part(module) for module in snapshot._kept):
             return None
-        plain = all(type(tensor) in _PLAIN and not hasattr(tensor, "ds_id") for tensor in snapshot._tensors)
+        plain = all(type(tensor) in _PLAIN and not hasattr(tensor, "ds_id") for tensor in snapshot.tensors)
         return snapshot if plain else None
 
     def is_same(self) -> bool:
@@ -45,8 +49,14 @@ class Snapshot:
 
     def _look(self) -> list[Any]:
         picture: list[Any] = []
-        for path, module in modules_of(self._root):
-            picture += (path, id(module), type(module), *module._non_persistent_buffers_set)
+        modules, seen = [self._root], {id(self._root)}
+        for module in modules:  # which grows meanwhile
+            picture += (type(module), *module._non_persistent_buffers_set)
+            for name, child in module._modules.items():
+                picture += (name, id(child))
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    modules.append(child)
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:

@@ -44,7 +44,7 @@ class Unit(NamedTuple):
         outputs: what is sent, in order.
         needs: what has to be gathered first.
         build: makes the outputs from the gathered tensors, on the sending rank, under `no_grad`. The tensors are full,
-            may be views of the trained module's own memory, and must not be written to.
+            may be views of the trained module's own memory, and must not be written to. Call `made` instead.
     """
 
     outputs: tuple[Output, ...]
@@ -58,6 +58,13 @@ class Unit(NamedTuple):
             for handle, dtype in self.needs
             if handle.is_sharded
         ]
+
+    def made(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs, from the gathered tensors."""
+        if self.build is _as_they_are:
+            return list(tensors)
+        with torch.no_grad():
+            return list(self.build(tensors))
 
     def only(self, kept: Sequence[int]) -> Unit:
         """The same unit without the outputs whose positions are not in `kept`."""

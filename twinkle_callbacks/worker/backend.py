@@ -54,6 +54,7 @@ from twinkle_callbacks.worker.messages import (
     LoRARuns,
 )
 from twinkle_callbacks.worker.ranks import agree, all_ranks_can
+from twinkle_callbacks.worker.recorded import Layouts, layouts_of
 from twinkle_callbacks.worker.stage import Stage
 
 logger = logging.getLogger("vllm.twinkle_callbacks")  # a child of vLLM's logger, so that its configuration shows it
@@ -101,6 +102,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._push = 0
         self._staged: Future[Stage] | None = None
         self._check = LoadCheck(vllm_config)
+        self._taken: Layouts = {}  # of the last commit: what comes alike fits
         self._committer = Committer(model, self.model_config, device, digest=tensor_digest)
         self._base = BaseDigests(vllm_config, model)
         parallel = vllm_config.parallel_config
@@ -219,6 +221,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _keep(self, stage: Stage) -> str:
         if self.vllm_config.lora_config is not None:
             stage.digest_each()  # here, since nothing waits for this thread
+        stage.fits = layouts_of(stage.tensors) == self._taken
         return self._base.id
 
     def _report_check(self) -> None:
@@ -260,6 +263,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._report(Committed(failure=Failure.of(error), intact=False))
         else:
             self._intact = True
+            self._taken = layouts_of(stage.tensors)
             self._base.committed(stage.digests)
             self._report(Committed(time.perf_counter() - began))
 
@@ -268,7 +272,9 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if self._link is None:
                 raise EngineError("the trainer has left")
             stage = staged.result(self._link.request.timeout_s)
-            self._check(stage.tensors)
+            if not stage.fits:
+                self._check(stage.tensors)
+                stage.fits = True
             self._adapters.check_base(self._link.request.base_of)  # others may have come since it was admitted
         except Exception as error:  # told to the trainer, whatever it is: see the module docstring
             return Stage(verify=False), error

@@ -95,7 +95,7 @@ class Link:
                 logger.error("push %d was not received, the old weights go on serving: %s", push, error)
                 self.post(f"staged-{push}", Staged(failure=Failure.of(error)))
                 raise
-            self.post(f"staged-{push}", Staged(len(stage.tensors), digest, base_id=base_id))
+            self.post(f"staged-{push}", Staged(len(stage.tensors), digest, base_id=base_id, fits=stage.fits))
             return stage
 
         return self._thread.submit(receive)

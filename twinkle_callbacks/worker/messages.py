@@ -201,13 +201,15 @@ class Joined(msgspec.Struct, frozen=True):
 class Staged(msgspec.Struct, frozen=True):
     """A worker holds the whole stream, and its digests agree; or why not.
 
-    `base_id` is that of `LoRARuns`, at that time.
+    `base_id` is that of `LoRARuns`, at that time. `fits` tells that the model took the same before, so that no check
+    is needed.
     """
 
     tensors: int = 0
     digest: str = ""
     failure: Failure | None = None
     base_id: str = ""
+    fits: bool = False
 
 
 class Compared(msgspec.Struct, frozen=True):

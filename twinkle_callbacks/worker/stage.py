@@ -9,14 +9,19 @@ from collections.abc import Mapping
 
 import torch
 
-from twinkle_callbacks.buckets.device_digest import digest_for
+from twinkle_callbacks.buckets.device_digest import digest_for, digestible
 from twinkle_callbacks.buckets.digest import Digests, StreamDigest, digests_of, first_few
-from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory
+from twinkle_callbacks.buckets.packing import copyable, dtype_name
 from twinkle_callbacks.errors import DigestMismatchError, WeightMismatchError
 
 
 class Stage:
     """Tensors of one push in the order in which they came. Owned by one thread at a time.
+
+    Attributes:
+        tensors: by name, in the order in which they came.
+        digests: of the tensors, once they were wanted.
+        fits: whether the model is known to take them.
 
     Args:
         verify: compute the digest of every tensor: from its staged copy, on a GPU from what is copied.
@@ -25,7 +30,8 @@ class Stage:
 
     def __init__(self, *, verify: bool, announced: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.digests: Digests = {}  # of the tensors, once they were wanted
+        self.digests: Digests = {}
+        self.fits = False
         self._verify = verify
         self._digest: StreamDigest | None = None  # once the first tensor tells where they are
         self._undigested: list[tuple[str, torch.Tensor]] = []
@@ -55,7 +61,7 @@ class Stage:
 
     def _add_digests(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         self._digest = self._digest or digest_for(tensors[0][1].device)
-        self._digest.add_tensors([name for name, _ in tensors], [memory(as_bytes(tensor)) for _, tensor in tensors])
+        self._digest.add_tensors([name for name, _ in tensors], [digestible(tensor) for _, tensor in tensors])
 
     def _refuse_unannounced(self, announced: Mapping[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> None:
         if name in self.tensors:
