@@ -28,7 +28,7 @@ def test_bench_gather_writes_paired_cases_of_equal_tensors(tmp_path: Path) -> No
     assert moe["baseline_s"] == min(moe["naive_s"].values())
 
 
-@pytest.mark.parametrize("script", ["bench_engine.py", "bench_gather.py", "bench_lora.py"])
+@pytest.mark.parametrize("script", ["bench_engine.py", "bench_gather.py", "bench_gpu.py", "bench_lora.py"])
 def test_help_comes_without_torch(script: str) -> None:
     imports = [sys.executable, "-X", "importtime", f"benchmarks/{script}", "--help"]
     run = subprocess.run(imports, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -151,7 +151,7 @@ def no_engine_outlives_its_test() -> Iterator[None]:
     release()
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(90)
 @pytest.mark.usefixtures("no_engine_outlives_its_test")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("moment", ["before a push", "while it receives", "inside the commit"])
@@ -172,6 +172,7 @@ def test_killed_engine_is_a_clear_error_in_time(engine: str, moment: str, served
     assert all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.usefixtures("no_engine_outlives_its_test")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_trainer_whose_engine_was_killed_syncs_with_the_next(
