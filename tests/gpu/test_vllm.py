@@ -111,7 +111,9 @@ def test_fifty_syncs_with_generation_between_take_no_more_than_fifteen(
                 warm = Memory.now(served)
         assert warm is not None
         warm.assert_flat(Memory.now(served), SLACK_MIB)
-        assert served.ask("commit_way") == "recorded"
+        assert (
+            served.ask("commit_way") == {"ipc": "recorded", "nccl": "loader"}[engine]
+        )  # from staged copies on the host
         assert_same(answers(served.llm), references.last)
     gc.collect()
     assert torch.cuda.memory_allocated() - held < MIB, "the engine's buffers are still there"

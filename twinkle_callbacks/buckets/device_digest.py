@@ -83,7 +83,7 @@ def tensor_digest(tensor: torch.Tensor) -> int:
 
 
 def digestible(tensor: torch.Tensor) -> Any:
-    """What the digest of a tensor is computed from: on a GPU the tensor if its elements lie in order, else its bytes."""
+    """What the digest of a tensor is computed from: on a GPU a contiguous tensor itself, else its bytes."""
     if tensor.is_cuda and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         return tensor
     return memory(as_bytes(tensor))
