@@ -1,13 +1,18 @@
-"""NCCL: GPU to GPU, between processes and hosts; packing, sending and unpacking overlap, each on its own stream."""
+"""NCCL: GPU to GPU, between processes and hosts; packing, sending and unpacking overlap, each on its own stream.
+
+NCCL's own library is called, not torch's `ProcessGroupNCCL`: that ends the whole process, somebody's trainer or a
+server, when a peer is gone, and with its watchdog off still dumps through the store until it deadlocks (torch 2.11).
+Functions and types: NCCL's user guide, "NCCL API"; all calls are non-blocking, so that each has a deadline.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -23,7 +28,9 @@ if TYPE_CHECKING:
 
 _SPIN_S = 0.001
 _POLL_S = 0.00005
-_NEVER = timedelta(days=365)
+_LEAVE_S = 2.0
+_SUCCESS, _IN_PROGRESS = 0, 7  # of ncclResult_t
+_UINT8 = 1  # of ncclDataType_t
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -31,97 +38,143 @@ class Peer(msgspec.Struct, frozen=True):
 
     gpu: str
     host: str
-    nccl: tuple[int, ...]
-
-
-class _NCCLWork:
-    """A broadcast under way on NCCL's stream."""
-
-    def __init__(self, backend: NCCLBackend, work: Any) -> None:
-        self._backend, self._work = backend, work
-
-    def wait(self) -> None:
-        began = time.monotonic()
-        while not self._work.is_completed():
-            waited = time.monotonic() - began
-            if waited > self._backend.timeout_s:
-                self._backend.abort()
-                raise DeadlineError(
-                    f"a broadcast took longer than {self._backend.timeout_s:g} s: a peer is stuck or slow; raise "
-                    f"timeout_s if it is only slow"
-                )
-            if waited > _SPIN_S:
-                time.sleep(_POLL_S)
-                self._raise_if_broken()
-        self._raise_if_broken()
-
-    def _raise_if_broken(self) -> None:
-        error = self._backend.error()
-        if error:
-            self._backend.abort()
-            raise EngineError(f"the connection to a peer broke in a broadcast: {error}")
+    nccl: int
 
 
 class NCCLBackend(CollectiveBackend):
-    """A `ProcessGroupNCCL` of its own, independent of the default group of torch.distributed.
-
-    Deadlines are kept here, by looking whether a broadcast has ended: torch's own watchdog would end the process, which
-    may be somebody's trainer or a server.
-    """
+    """A communicator of its own. All calls but `device` and `consumed` are made on the engine's thread."""
 
     def __init__(self) -> None:
-        self._group: Any = None
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self.timeout_s = 0.0
+        self._wire = torch.cuda.Stream(self._device)
+        self._communicator = ctypes.c_void_p()
+        self._is_broken = False
+        self._timeout_s = 0.0
 
     @classmethod
     def device(cls) -> int | None:
         return require_device()
 
     def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
-        from torch.distributed import ProcessGroupNCCL
-
-        self.timeout_s = timeout_s
+        self._timeout_s = timeout_s
         _check_peers(store, rank, world_size)
-        options = ProcessGroupNCCL.Options()
-        options._timeout = _NEVER
-        try:
-            with _no_watchdog():
-                self._group = ProcessGroupNCCL(store, rank, world_size, options)
-        except RuntimeError as error:
-            raise EngineError(f"NCCL could not connect rank {rank} of {world_size}: {text_of(error)}") from error
+        unique = _UniqueId()
+        if rank == 0:
+            _check(_library().ncclGetUniqueId(ctypes.byref(unique)), "make an id")
+            store.set("nccl", bytes(unique))  # type: ignore[arg-type]  # takes bytes; its stub says str
+        else:
+            unique = _UniqueId.from_buffer_copy(_told(store, "nccl", "the master did not start NCCL"))
+        config = _Config(size=ctypes.sizeof(_Config), magic=0xCAFEBEEF, version=21400, blocking=0)
+        status = _library().ncclCommInitRankConfig(
+            ctypes.byref(self._communicator), ctypes.c_int(world_size), unique, ctypes.c_int(rank), ctypes.byref(config)
+        )
+        self._finish(status, f"connect rank {rank} of {world_size}")
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def broadcast(self, buffer: torch.Tensor) -> Pending:
-        from torch.distributed import BroadcastOptions
-
-        options = BroadcastOptions()
-        options.rootRank = options.rootTensor = 0
-        try:
-            return _NCCLWork(self, self._group.broadcast([buffer], options))
-        except RuntimeError as error:
-            raise EngineError(f"NCCL refused a broadcast of {buffer.numel()} bytes: {text_of(error)}") from error
+        self._wire.wait_stream(torch.cuda.current_stream(self._device))
+        address, nbytes = ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel())
+        stream = ctypes.c_void_p(self._wire.cuda_stream)
+        status = _library().ncclBroadcast(
+            address, address, nbytes, ctypes.c_int(_UINT8), ctypes.c_int(0), self._communicator, stream
+        )
+        self._finish(status, f"broadcast {buffer.numel()} bytes")
+        ended = torch.cuda.Event()
+        ended.record(self._wire)
+        return _NCCLWork(self, ended, buffer)
 
     def consumed(self) -> None:
         torch.cuda.current_stream(self._device).synchronize()
 
-    def error(self) -> str:
-        """What NCCL says went wrong since the group was made, empty if nothing did."""
-        from torch._C._distributed_c10d import ErrorType
+    def _finish(self, status: int, doing: str) -> None:
+        """Waits until NCCL has taken what was asked of it."""
+        state = ctypes.c_int(status)
 
-        found = self._group.get_error()
-        return "" if found == ErrorType.SUCCESS else str(found)
+        def is_taken() -> bool:
+            if state.value == _IN_PROGRESS:
+                _check(_library().ncclCommGetAsyncError(self._communicator, ctypes.byref(state)), doing)
+            return state.value != _IN_PROGRESS
+
+        self.wait_until(is_taken, doing)
+        if state.value != _SUCCESS:
+            self.abort()
+            raise EngineError(f"NCCL could not {doing}: {_text(state.value)}")
+
+    def wait_until(self, is_done: Callable[[], bool], doing: str) -> None:
+        """Looks until it is done.
+
+        Raises:
+            DeadlineError: it took longer than the timeout; nothing is under way on this side any more.
+        """
+        began = time.monotonic()
+        while not is_done():
+            waited = time.monotonic() - began
+            if waited > self._timeout_s:
+                self.abort()
+                raise DeadlineError(
+                    f"NCCL did not {doing} within {self._timeout_s:g} s: a peer is stuck or slow; raise timeout_s if "
+                    f"it is only slow"
+                )
+            if waited > _SPIN_S:
+                time.sleep(_POLL_S)
+
+    def raise_if_broken(self) -> None:
+        """Whether the links to the peers are whole.
+
+        Raises:
+            EngineError: a peer is gone, or this side has left.
+        """
+        state = ctypes.c_int(_SUCCESS)
+        if self._is_broken:
+            raise EngineError("the connection to a peer broke before")
+        _check(_library().ncclCommGetAsyncError(self._communicator, ctypes.byref(state)), "tell how it is")
+        if state.value not in (_SUCCESS, _IN_PROGRESS):
+            self.abort()
+            raise EngineError(f"the connection to a peer broke in a broadcast: {_text(state.value)}")
 
     def abort(self) -> None:
-        """Ends all broadcasts on this side; peers see the connection close."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
+        """Ends all that is under way on this side; peers see the connection close."""
+        communicator, self._communicator = self._communicator, ctypes.c_void_p()
+        self._is_broken = True
+        if communicator.value:
+            _library().ncclCommAbort(communicator)
 
     def close(self) -> None:
-        self.abort()
+        """Leaves; waits a moment until peers have what was sent to them."""
+        communicator = self._communicator
+        if not communicator.value:
+            return
+        state = ctypes.c_int(_library().ncclCommFinalize(communicator))
+        began = time.monotonic()
+        while state.value == _IN_PROGRESS and time.monotonic() - began < _LEAVE_S:
+            time.sleep(_POLL_S)
+            if _library().ncclCommGetAsyncError(communicator, ctypes.byref(state)) != _SUCCESS:
+                break
+        if state.value != _SUCCESS:
+            self.abort()
+            return
+        self._communicator = ctypes.c_void_p()
+        _library().ncclCommDestroy(communicator)
+
+
+class _NCCLWork:
+    """A broadcast under way."""
+
+    def __init__(self, backend: NCCLBackend, ended: torch.cuda.Event, buffer: torch.Tensor) -> None:
+        self._backend, self._ended = backend, ended
+        self._buffer: torch.Tensor | None = buffer  # not given to others meanwhile
+
+    def wait(self) -> None:
+        self._backend.wait_until(self._has_ended, "end a broadcast")
+        self._buffer = None
+
+    def _has_ended(self) -> bool:
+        if self._ended.query():
+            return True
+        self._backend.raise_if_broken()
+        return False
 
 
 class NCCLCheckpointEngine(CollectiveCheckpointEngine):
@@ -133,21 +186,17 @@ class NCCLCheckpointEngine(CollectiveCheckpointEngine):
 
 def _check_peers(store: Store, rank: int, world_size: int) -> None:
     """Refuses what NCCL would refuse, or hang on, in words that say what to change; the same on every rank."""
-    mine = Peer(
-        uuid_of(torch.cuda.current_device()),
-        os.environ.get("NCCL_HOSTID", socket.gethostname()),
-        tuple(torch.cuda.nccl.version()),  # type: ignore[no-untyped-call]
-    )
+    version = ctypes.c_int()
+    _check(_library().ncclGetVersion(ctypes.byref(version)), "tell its version")
+    host = os.environ.get("NCCL_HOSTID", socket.gethostname())  # what NCCL tells hosts apart by
+    mine = Peer(uuid_of(torch.cuda.current_device()), host, version.value)
     store.set(f"peer/{rank}", msgspec.msgpack.encode(mine))  # type: ignore[arg-type]  # takes bytes; its stub says str
-    try:
-        peers = [msgspec.msgpack.decode(store.get(f"peer/{other}"), type=Peer) for other in range(world_size)]
-    except RuntimeError as error:
-        raise DeadlineError(f"a rank did not tell which GPU it has: {text_of(error)}") from error
     seen: dict[tuple[str, str], int] = {}
-    for other, peer in enumerate(peers):
-        if peer.nccl[:2] != peers[0].nccl[:2]:
+    for other in range(world_size):
+        peer = msgspec.msgpack.decode(_told(store, f"peer/{other}", f"rank {other} did not tell its GPU"), type=Peer)
+        if peer.nccl // 100 != mine.nccl // 100:
             raise ConfigError(
-                f"rank {other} runs NCCL {_dotted(peer.nccl)}, the master {_dotted(peers[0].nccl)}; install the same "
+                f"rank {other} runs NCCL {_dotted(peer.nccl)}, rank {rank} {_dotted(mine.nccl)}; install the same "
                 f"torch beside the trainer and beside vLLM"
             )
         first = seen.setdefault((peer.host, peer.gpu), other)
@@ -157,25 +206,47 @@ def _check_peers(store: Store, rank: int, world_size: int) -> None:
             )
 
 
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
-
-
-@contextmanager
-def _no_watchdog() -> Iterator[None]:
-    """Makes groups that torch's watchdog only watches. It is asked when a group is made, and only through these."""
-    wanted = {
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-        "TORCH_NCCL_ENABLE_MONITORING": "0",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+def _told(store: Store, key: str, otherwise: str) -> bytes:
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        return bytes(store.get(key))
+    except RuntimeError as error:
+        raise DeadlineError(f"{otherwise}: {text_of(error)}") from error
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_byte * 128),)
+
+
+class _Config(ctypes.Structure):
+    """The part of `ncclConfig_t` that NCCL 2.14 has; later ones take their defaults for the rest."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+    )
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        library = ctypes.CDLL("libnccl.so.2")  # the one that torch has loaded
+    except OSError as error:
+        raise ConfigError(f"engine='nccl': NCCL's library cannot be loaded: {error}") from error
+    library.ncclGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+def _check(status: int, doing: str) -> None:
+    if status not in (_SUCCESS, _IN_PROGRESS):
+        raise EngineError(f"NCCL could not {doing}: {_text(status)}")
+
+
+def _text(status: int) -> str:
+    text: bytes = _library().ncclGetErrorString(ctypes.c_int(status))
+    return f"{text.decode()} ({status})"
