@@ -30,6 +30,7 @@ class Engine:
             lora_config=SimpleNamespace(max_loras=4),
             model_config=SimpleNamespace(served_model_name="base"),
         )
+        self.engine_core = SimpleNamespace()
         self.added: list[int] = []
         self.removed: list[int] = []
         self.threads: set[threading.Thread] = set()

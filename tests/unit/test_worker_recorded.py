@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from twinkle_callbacks.worker import commit as commit_module
 from twinkle_callbacks.worker.commit import Committer
-from twinkle_callbacks.worker.recorded import Copy, NotRecordedError, RecordedCopies, obstacle_in_layers
+from twinkle_callbacks.worker.recorded import Copy, NotRecordedError, RecordedCopies, layouts_of, obstacle_in_layers
 
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
@@ -102,7 +102,7 @@ def test_a_replay_of_other_values_is_their_load() -> None:
     model, expected = Toy(), loaded(Toy(), weights(1))
     copies = record(model, weights(0))
     before = values(model)
-    assert copies.fits(weights(1)) == ""
+    assert copies.fits(layouts_of(weights(1))) == ""
     copies.replay(weights(1))
     assert values(model) == expected != before
     assert model.head.weight is model.embed.weight
@@ -142,7 +142,7 @@ def test_slices_of_one_bucket_are_told_apart() -> None:
     sizes = [tensor.numel() for tensor in tensors.values()]
     slices = {n: part.view(tensors[n].shape) for n, part in zip(tensors, bucket.split(sizes), strict=True)}
     copies = record(model, slices)
-    assert copies.fits(weights(1)) == ""
+    assert copies.fits(layouts_of(weights(1))) == ""
     copies.replay(weights(1))
     assert values(model) == loaded(Toy(), weights(1))
 
@@ -197,7 +197,7 @@ def test_random_slicing_loaders(data: st.DataObject) -> None:
 
     model = Random()
     copies = record(model, given_tensors(1))
-    assert copies.fits(given_tensors(2)) == ""
+    assert copies.fits(layouts_of(given_tensors(2))) == ""
     copies.replay(given_tensors(2))
     assert values(model) == loaded(Random(), given_tensors(2))
 
@@ -321,8 +321,8 @@ def test_other_tensors_do_not_fit(change: str) -> None:
     }.get(change, {})
     if change in ("missing", "name"):
         del tensors["down"]
-    assert "down" in copies.fits(tensors)
-    assert copies.fits(dict(reversed(weights(1).items()))) == ""
+    assert "down" in copies.fits(layouts_of(tensors))
+    assert copies.fits(dict(reversed(layouts_of(weights(1)).items()))) == ""
 
 
 @pytest.mark.parametrize("move", ["data", "parameter", "buffer", "deleted"])
@@ -337,7 +337,7 @@ def test_a_moved_destination_does_not_fit(move: str) -> None:
         model.scale = model.scale.clone()
     else:
         del model.down.weight
-    assert copies.fits(weights(0)).startswith("moved or replaced in the model: ")
+    assert copies.fits(layouts_of(weights(0))).startswith("moved or replaced in the model: ")
 
 
 def test_commits_are_loaded_recorded_then_replayed(plain_loader: list[int], caplog: pytest.LogCaptureFixture) -> None:

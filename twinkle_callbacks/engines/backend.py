@@ -86,6 +86,9 @@ class CollectiveBackend(ABC):
             DeadlineError, EngineError: one did not, or is gone.
         """
 
+    def begin_stream(self) -> None:  # noqa: B027  # as `release`
+        """On the master: a stream begins, and memory may have been freed since the last."""
+
     def place_of(self, tensor: torch.Tensor) -> Place | None:
         """On the master: where receivers can see this tensor itself; None if they cannot."""
         return None

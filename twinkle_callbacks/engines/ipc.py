@@ -38,6 +38,8 @@ class IPCBackend(MappedBackend):
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._made: list[Allocation] = []
         self._tickets: dict[int, tuple[Ticket, bytes]] = {}  # of this process's allocations, by number
+        self._places: dict[int, Place | None] = {}  # of tensors, by address, until torch gives memory back
+        self._freed: int | None = None
         self._bucket_tickets: set[bytes] = set()
         self._mappings: dict[bytes, Mapping] = {}  # of the master's allocations, by ticket
 
@@ -71,12 +73,22 @@ class IPCBackend(MappedBackend):
         torch.cuda.current_stream(self._device).synchronize()  # digests of what is in it
         super().release(side)
 
+    def begin_stream(self) -> None:
+        freed = torch.cuda.memory_stats(self._device).get("num_device_free")
+        if freed is None or freed != self._freed:  # an address may stand for other memory by now
+            self._places, self._freed = {}, freed
+
     def place_of(self, tensor: torch.Tensor) -> Place | None:
-        if tensor.device != self._device or not tensor.is_contiguous() or not tensor.nbytes:
-            return None
-        if tensor.is_conj() or tensor.is_neg():
-            return None
         address = tensor.data_ptr()
+        if not tensor.is_cuda or not address or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            return None
+        if address not in self._places:
+            self._places[address] = self._find(tensor, address)
+        return self._places[address]
+
+    def _find(self, tensor: torch.Tensor, address: int) -> Place | None:
+        if tensor.device != self._device:
+            return None
         number = allocation_number(address)
         if number not in self._tickets:
             ticket = ticket_of(address)

@@ -46,7 +46,7 @@ class NCCLBackend(CollectiveBackend):
 
     def __init__(self) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._wire = torch.cuda.Stream(self._device)
+        self._wire = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._communicator = ctypes.c_void_p()
         self._is_broken = False
         self._timeout_s = 0.0
@@ -81,7 +81,7 @@ class NCCLBackend(CollectiveBackend):
             address, address, nbytes, ctypes.c_int(_UINT8), ctypes.c_int(0), self._communicator, stream
         )
         self._finish(status, f"broadcast {buffer.numel()} bytes")
-        ended = torch.cuda.Event()
+        ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ended.record(self._wire)
         return _NCCLWork(self, ended, buffer)
 
@@ -171,7 +171,7 @@ class _NCCLWork:
         self._buffer = None
 
     def _has_ended(self) -> bool:
-        if self._ended.query():
+        if self._ended.query():  # type: ignore[no-untyped-call]
             return True
         self._backend.raise_if_broken()
         return False

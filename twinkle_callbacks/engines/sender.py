@@ -123,6 +123,7 @@ class FrameSender:
         self._payload_bytes = 0
         self._source_s, self.source_failed = 0.0, False
         self._mapped, self._kept = [], []
+        self._backend.begin_stream()
         tensors = packed = 0
         try:
             for name, tensor in self._drawn(iter(weights)):

@@ -20,6 +20,7 @@ def open_rollout(rollout: Any, *, token: str, timeout_s: float) -> Rollout:
         ConfigError: neither.
     """
     if isinstance(rollout, Rollout):
+        rollout.timeout_s = timeout_s
         return rollout
     if isinstance(rollout, str):
         return HTTPRollout(rollout, token=token, timeout_s=timeout_s)

@@ -12,18 +12,20 @@ class Rollout(ABC):
     Trainer rank 0 calls every method, each from one thread at a time; different rollouts from different threads. A push
     of whole weights is `start`, `update` (the workers receive meanwhile), `update` (they check), `pause`, `finish`,
     `set_version`, `reset_cache`, `resume`; one of an adapter is `call` (the workers receive) and `load_adapter`.
-    Methods raise `RolloutError` when vLLM refuses; over HTTP each ends within the rollout's
-    timeout, while calls of an engine in this process take as long as vLLM takes.
+    Methods raise `RolloutError` when vLLM refuses. Each ends within the timeout, but for an engine that runs in this
+    very process: its calls take as long as vLLM takes.
 
     Attributes:
         name: what people call it: its URL, or `local`.
         host: the host its workers run on, as the trainer reaches it.
         token: secret that it signs requests with, None if it signs none.
+        timeout_s: seconds that one call may take; a synchronizer sets its own.
     """
 
     name: str
     host: str
     token: str | None = None
+    timeout_s: float = 300.0
 
     @abstractmethod
     def world_size(self) -> int:

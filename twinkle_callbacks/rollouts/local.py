@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.adapter_versions import new_version, next_id
 from twinkle_callbacks.config import BACKEND
-from twinkle_callbacks.errors import ConfigError, RolloutError, TwinkleError
+from twinkle_callbacks.errors import ConfigError, DeadlineError, RolloutError, RolloutUnreachableError, TwinkleError
 from twinkle_callbacks.rollouts.base import Rollout
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LIVENESS_S = 0.25
 
 
 class LocalRollout(Rollout):
@@ -147,8 +154,30 @@ class LocalRollout(Rollout):
 
     def _call(self, method: str, *args: Any) -> Any:
         try:
-            return getattr(self.llm, method)(*args)
+            return self._while_alive(method, lambda: getattr(self.llm, method)(*args))
         except TwinkleError:
             raise
         except Exception as error:  # an in-process worker raises whatever it likes; a remote one RuntimeError
             raise RolloutError(f"the local vLLM refused {method}: {type(error).__name__}: {error}") from error
+
+    def _while_alive(self, method: str, call: Callable[[], T]) -> T:
+        """Waits for a call no longer than the engine's process lives, as vLLM (0.26 to 0.32) would."""
+        resources = getattr(self.llm.llm_engine.engine_core, "resources", None)
+        if resources is None:  # the engine is in this process
+            return call()
+        outcome: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(call())
+            except BaseException as error:  # handed to the caller
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, name=f"twinkle-{method}", daemon=True).start()
+        deadline = time.monotonic() + self.timeout_s
+        while not wait([outcome], LIVENESS_S).done:
+            if resources.engine_dead and not wait([outcome], LIVENESS_S).done:
+                raise RolloutUnreachableError(f"the engine process of the local vLLM ended during {method}")
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"the local vLLM did not answer {method} within {self.timeout_s:g} s")
+        return outcome.result()

@@ -221,7 +221,8 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _keep(self, stage: Stage) -> str:
         if self.vllm_config.lora_config is not None:
             stage.digest_each()  # here, since nothing waits for this thread
-        stage.fits = layouts_of(stage.tensors) == self._taken
+        stage.layouts = layouts_of(stage.tensors)
+        stage.fits = stage.layouts == self._taken
         return self._base.id
 
     def _report_check(self) -> None:
@@ -255,7 +256,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._intact = False
         self._base.begin_commit()
         try:
-            self._committer.commit(stage.tensors)
+            self._committer.commit(stage.tensors, stage.layouts)
         except Exception as error:  # told to the trainer, whatever it is: see the module docstring
             logger.exception(
                 "push %d failed in the commit; this worker must not generate before the next push", self._push
@@ -263,7 +264,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._report(Committed(failure=Failure.of(error), intact=False))
         else:
             self._intact = True
-            self._taken = layouts_of(stage.tensors)
+            self._taken = stage.layouts
             self._base.committed(stage.digests)
             self._report(Committed(time.perf_counter() - began))
 

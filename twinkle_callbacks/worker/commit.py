@@ -16,7 +16,7 @@ import torch
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.errors import EngineError
 from twinkle_callbacks.worker import recorded
-from twinkle_callbacks.worker.recorded import Digest, RecordedCopies, Tensors
+from twinkle_callbacks.worker.recorded import Digest, Layouts, RecordedCopies, Tensors
 
 logger = logging.getLogger("vllm.twinkle_callbacks")
 
@@ -46,17 +46,18 @@ class Committer:
         self._model, self._model_config, self._device = model, model_config, device
         self._digest, self._obstacle = digest, obstacle
         self._record: RecordedCopies | None = None
-        self._refused: recorded.Layouts | None = None
+        self._refused: Layouts | None = None
         self._told = ""
 
-    def commit(self, tensors: Tensors) -> None:
-        """Brings a complete, checked set of checkpoint tensors into the model.
+    def commit(self, tensors: Tensors, layouts: Layouts | None = None) -> None:
+        """Brings a complete, checked set of checkpoint tensors into the model; `layouts` are theirs, if known.
 
         Raises:
             Exception: as `commit` does, and then the next commit goes through the loader.
         """
+        layouts = recorded.layouts_of(tensors) if layouts is None else layouts
         record, self._record = self._record, None
-        unfit = "" if record is None else record.fits(tensors)
+        unfit = "" if record is None else record.fits(layouts)
         if record is not None and not unfit:
             record.replay(tensors)
             self._record, self.last_way = record, "recorded"
@@ -67,8 +68,8 @@ class Committer:
         why_not = self._why_not_record(tensors)
         if why_not:
             self._tell(f"commits go through vLLM's loader: {why_not}")
-        elif self._refused != recorded.layouts_of(tensors):
-            self._try_to_record(tensors)
+        elif self._refused != layouts:
+            self._try_to_record(tensors, layouts)
         self.last_way = "loader"
 
     def _load(self, tensors: Tensors) -> None:
@@ -80,12 +81,12 @@ class Committer:
             return f"the staged tensors are on {elsewhere}, and the way from there to {self._device} takes longer"
         return self._obstacle(self._model)
 
-    def _try_to_record(self, tensors: Tensors) -> None:
+    def _try_to_record(self, tensors: Tensors, layouts: Layouts) -> None:
         try:
             with torch.device(self._device):
                 self._record = RecordedCopies.record(self._model, tensors, self._digest)
         except Exception as error:  # a loader's own, or what the watching or the replay found
-            self._refused = recorded.layouts_of(tensors)
+            self._refused = layouts
             self._tell(f"commits go through vLLM's loader: {str(error) or type(error).__name__}")
             self._load(tensors)
         else:

@@ -146,9 +146,8 @@ class RecordedCopies:
             raise
         return record
 
-    def fits(self, tensors: Tensors) -> str:
-        """Why these tensors cannot be replayed into this model; empty if they can."""
-        layouts = layouts_of(tensors)
+    def fits(self, layouts: Layouts) -> str:
+        """Why tensors of these layouts cannot be replayed into this model; empty if they can."""
         if layouts != self._layouts:
             names = self._layouts.keys() | layouts.keys()
             other = sorted(name for name in names if self._layouts.get(name) != layouts.get(name))

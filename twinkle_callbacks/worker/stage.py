@@ -13,6 +13,7 @@ from twinkle_callbacks.buckets.device_digest import digest_for, digestible
 from twinkle_callbacks.buckets.digest import Digests, StreamDigest, digests_of, first_few
 from twinkle_callbacks.buckets.packing import copyable, dtype_name
 from twinkle_callbacks.errors import DigestMismatchError, WeightMismatchError
+from twinkle_callbacks.worker.recorded import Layouts
 
 
 class Stage:
@@ -21,6 +22,7 @@ class Stage:
     Attributes:
         tensors: by name, in the order in which they came.
         digests: of the tensors, once they were wanted.
+        layouts: of the tensors, once all are there.
         fits: whether the model is known to take them.
 
     Args:
@@ -31,6 +33,7 @@ class Stage:
     def __init__(self, *, verify: bool, announced: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.digests: Digests = {}
+        self.layouts: Layouts = {}
         self.fits = False
         self._verify = verify
         self._digest: StreamDigest | None = None  # once the first tensor tells where they are
