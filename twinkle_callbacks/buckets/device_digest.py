@@ -19,6 +19,7 @@ from twinkle_callbacks.buckets.packing import as_bytes, memory
 
 _WORD_BYTES = 8
 _BLOCK_WORDS = 1024
+_WARPS = 8
 _MAX_PROGRAMS = 1024  # for one tensor
 _MASK = (1 << 64) - 1
 
@@ -106,5 +107,5 @@ def word_sums(parts: Sequence[torch.Tensor], starts: Sequence[int], device: torc
     words = max(nbytes for _, nbytes, _ in rows) // _WORD_BYTES + 1
     programs = min(_MAX_PROGRAMS, -(-words // _BLOCK_WORDS))
     with torch.cuda.device(device):
-        word_sums_kernel[(len(rows), programs)](table, sums, BLOCK=_BLOCK_WORDS)
+        word_sums_kernel[(len(rows), programs)](table, sums, BLOCK=_BLOCK_WORDS, num_warps=_WARPS)
     return sums
