@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,20 +15,34 @@ from hypothesis import strategies as st
 from tests.unit.engine_loopback import LoopbackBackend, messages
 from tests.unit.engine_streams import picture, random_tensor
 from twinkle_callbacks import errors
-from twinkle_callbacks.buckets.frames import CONTROL_BYTES, Control, End, Entry, Failure, Kind, encode, layout_hash
+from twinkle_callbacks.buckets.frames import (
+    BLOCK_BYTES,
+    CONTROL_BYTES,
+    Control,
+    End,
+    Entry,
+    Failure,
+    Kind,
+    blocks,
+    encode,
+    header_in,
+    layout_hash,
+)
 from twinkle_callbacks.engines.receiver import FrameReceiver
 from twinkle_callbacks.engines.sender import FrameSender
 
 BUCKET = 1024
+CONTROL, KIND, HEADER_BYTES = struct.Struct("<4sBBBxIQQ16sI16x"), 2, 5
 STREAM = [
     (f"layers.{i}.weight", random_tensor(torch.float32, shape, i))
     for i, shape in enumerate([(3,), (10, 10), (700,), (2, 2), (100,), (200,), ()])
 ]
 Frame = list[bytes]
+"""Control, header if any, payload if any."""
 
 
 def recorded(streams: int = 1) -> list[Frame]:
-    """The frames of one or several like streams: control block, header if any, payload if any."""
+    """The frames of one or several like streams."""
     wire: queue.SimpleQueue[Any] = queue.SimpleQueue()
     sender = FrameSender(LoopbackBackend(0, wire), BUCKET, verify=True)
     for _ in range(streams):
@@ -35,17 +50,37 @@ def recorded(streams: int = 1) -> list[Frame]:
     frames: list[Frame] = []
     pending = messages(wire)
     while pending:
-        control = Control.unpack(pending[0], len(frames))
-        length = 1 + bool(control.header_bytes) + bool(control.payload_bytes)
-        frames.append(pending[:length])
-        pending = pending[length:]
+        block = pending.pop(0)
+        control = Control.unpack(block, len(frames))
+        header = header_in(block, control)
+        parts = [block[:CONTROL_BYTES], pending.pop(0) if header is None else header]
+        if control.payload_bytes:
+            parts.append(pending.pop(0))
+        frames.append([part for part in parts if part])
     return frames
+
+
+def on_the_wire(frames: list[Frame]) -> Iterator[bytes]:
+    """The messages of frames. A header is as long as its control says; after a promise, only a control is expected."""
+    promised = False
+    for control, *rest in frames:
+        fields = CONTROL.unpack(control)
+        header_bytes = fields[HEADER_BYTES]
+        header = rest.pop(0) if header_bytes and rest else b""
+        if promised:
+            yield control
+        elif CONTROL_BYTES + header_bytes > BLOCK_BYTES:
+            yield from (control.ljust(BLOCK_BYTES, b"\0"), header)
+        else:
+            yield (control + header).ljust(BLOCK_BYTES, b"\0")[:BLOCK_BYTES]
+        yield from rest
+        promised = fields[KIND] == Kind.PROMISE
 
 
 def played(frames: list[Frame], *, verify: bool = True, streams: int = 1) -> list[Any]:
     """What a receiver makes of these frames."""
     wire: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for message in [message for frame in frames for message in frame] + [None]:
+    for message in [*on_the_wire(frames), None]:
         wire.put(message)
     receiver = FrameReceiver(LoopbackBackend(1, wire), BUCKET, verify=verify)
     arrived = []
@@ -361,8 +396,11 @@ def test_broken_wire_is_raised_as_it_is_and_nothing_more_is_sent(left: int, erro
     assert backend.left == -1
 
 
-def test_control_blocks_are_64_bytes_each() -> None:
-    assert {len(frame[0]) for frame in recorded(2)} == {CONTROL_BYTES}
+def test_a_header_travels_in_the_block_if_it_fits() -> None:
+    control = Control(Kind.END, 0, 0, 0)
+    for header_bytes, messages_sent in ((0, 1), (100, 1), (BLOCK_BYTES - CONTROL_BYTES, 1), (BLOCK_BYTES, 2)):
+        sent = blocks(control, b"h" * header_bytes)
+        assert [len(sent[0]), len(sent)] == [BLOCK_BYTES, messages_sent]
 
 
 def test_failure_header_is_what_an_error_frame_holds() -> None:

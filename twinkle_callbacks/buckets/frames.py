@@ -1,6 +1,6 @@
 """The frames of the wire: what both ends read and write, without torch.
 
-    frame = control block (64 bytes) + header (msgpack, `header_bytes`) + payload (`payload_bytes`)
+    frame = block (control, 64 bytes, and the header if it fits) + header (msgpack, if it does not) + payload
 
 A BUCKET frame describes the tensors in its payload; a layout that was sent before travels as its hash alone. A PROMISE
 is a bucket that is announced before it is filled; the CLOSE frame after its payload says how many of its tensors count,
@@ -22,6 +22,7 @@ import xxhash
 from twinkle_callbacks.errors import ProtocolError, text_of
 
 PROTOCOL_VERSION = 2
+BLOCK_BYTES = 4 << 10  # each message costs a round trip, its size hardly anything
 CONTROL_BYTES = 64
 PIECE_BYTES = 32 << 20
 MAX_HEADER_BYTES = 64 << 20  # some 700,000 tensors in one bucket
@@ -100,7 +101,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Control(msgspec.Struct, frozen=True):
-    """The fixed-size block before each frame.
+    """What each frame begins with.
 
     Attributes:
         kind: what the frame is.
@@ -135,12 +136,12 @@ class Control(msgspec.Struct, frozen=True):
 
     @classmethod
     def unpack(cls, block: bytes, expected_sequence: int) -> Control:
-        """Parses a control block.
+        """Parses the control at the beginning of a block.
 
         Raises:
             ProtocolError: not a frame of this protocol and version, or not the frame that comes next.
         """
-        magic, version, kind, side, sequence, header_bytes, payload_bytes, layout, entries = _CONTROL.unpack(block)
+        magic, version, kind, side, sequence, header_bytes, payload_bytes, layout, entries = _CONTROL.unpack_from(block)
         if magic != _MAGIC:
             raise ProtocolError(f"received {magic!r} where a frame must begin; the sender is not twinkle_callbacks")
         if version != PROTOCOL_VERSION:
@@ -155,6 +156,21 @@ class Control(msgspec.Struct, frozen=True):
         if side > 1:
             raise ProtocolError(f"received a frame of buffer {side}, and there are two")
         return cls(Kind(kind), sequence, header_bytes, payload_bytes, layout, entries, side)
+
+
+def blocks(control: Control, header: bytes) -> list[bytes]:
+    """The messages that begin a frame: the block, and the header if it does not fit into it; CLOSE is its control."""
+    if control.kind is Kind.CLOSE:
+        return [control.pack()]
+    if CONTROL_BYTES + len(header) > BLOCK_BYTES:
+        return [control.pack().ljust(BLOCK_BYTES, b"\0"), header]
+    return [(control.pack() + header).ljust(BLOCK_BYTES, b"\0")]
+
+
+def header_in(block: bytes, control: Control) -> bytes | None:
+    """The header, if the block holds it."""
+    end = CONTROL_BYTES + control.header_bytes
+    return block[CONTROL_BYTES:end] if end <= BLOCK_BYTES else None
 
 
 def pieces(payload_bytes: int) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ import torch
 from twinkle_callbacks.buckets.device_digest import digest_for
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.buckets.frames import (
+    BLOCK_BYTES,
     CONTROL_BYTES,
     MAX_HEADER_BYTES,
     Control,
@@ -27,6 +28,7 @@ from twinkle_callbacks.buckets.frames import (
     Kind,
     Mapped,
     decode,
+    header_in,
     layout_hash,
     pieces,
 )
@@ -82,6 +84,7 @@ class FrameReceiver:
         self._layouts: dict[bytes, _Layout] = {}
         self._views: list[dict[bytes, _Views]] = [{}, {}]
         self._in_place: dict[bytes, _InPlace] = {}
+        self._shown: set[int] = set()  # addresses of this stream's tensors that are the sender's own
         self._sequence = 0
         self._side = 0
         apart = verify and not self._joined.is_cuda  # a GPU computes beside this thread anyway
@@ -101,6 +104,7 @@ class FrameReceiver:
         self._payload_bytes = 0
         self._used_layouts: set[bytes] = set()
         self._joining: _Joining | None = None
+        self._shown = set()
         self.may_read_ahead = True
 
     def next_bucket(self) -> NamedTensors | None:
@@ -150,16 +154,18 @@ class FrameReceiver:
                 self._backend.release(side)
 
     def _receive_control(self) -> tuple[Control, bytes]:
-        return self._read_control(self._receive(CONTROL_BYTES))
+        return self._read_control(self._receive(BLOCK_BYTES))
 
-    def _read_control(self, block: torch.Tensor) -> tuple[Control, bytes]:
-        control = Control.unpack(_bytes_of(block), self._sequence)
+    def _read_control(self, received: torch.Tensor) -> tuple[Control, bytes]:
+        block = _bytes_of(received)
+        control = Control.unpack(block, self._sequence)
         self._sequence += 1
         if control.header_bytes > MAX_HEADER_BYTES:
             raise ProtocolError(
                 f"a header of {control.header_bytes} bytes comes, at most {MAX_HEADER_BYTES} are allowed"
             )
-        return control, _bytes_of(self._receive(control.header_bytes)) if control.header_bytes else b""
+        header = header_in(block, control)
+        return control, _bytes_of(self._receive(control.header_bytes)) if header is None else header
 
     def _receive_payload(
         self, place: torch.Tensor, layout: _Layout, kind: Kind, arrived: Callable[[int], None]
@@ -201,6 +207,7 @@ class FrameReceiver:
         self._used_layouts.add(control.layout)
         self._payload_bytes += control.payload_bytes
         self._tensors += len(mapped.tensors)
+        self._shown.update(mapped.addresses)
         self._digest(-1, self.digest.add_tensors, [name for name, _ in mapped.tensors], mapped.data)
         return mapped.tensors
 
@@ -219,7 +226,7 @@ class FrameReceiver:
 
     def stays(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor that was handed out is the sender's own, which lasts until its next stream."""
-        return any(tensor.data_ptr() in kept.addresses for kept in self._in_place.values())
+        return tensor.data_ptr() in self._shown
 
     def _layout(self, control: Control, header: bytes) -> _Layout:
         if header:

@@ -26,6 +26,7 @@ from twinkle_callbacks.buckets.frames import (
     Kind,
     Mapped,
     MappedEntry,
+    blocks,
     encode,
     layout_hash,
     pieces,
@@ -343,11 +344,10 @@ class FrameSender:
 
     def _start_frame(self, control: Control, header: bytes = b"") -> None:
         self._sequence += 1
-        for data in (control.pack(), header):
-            if data:
-                buffer = self._backend.allocate(len(data))
-                buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-                self._start(buffer)
+        for data in blocks(control, header):
+            buffer = self._backend.allocate(len(data))
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            self._start(buffer)
 
     def _start(self, buffer: torch.Tensor) -> None:
         """Puts a buffer on the wire; it must stay as it is until its side is waited for."""

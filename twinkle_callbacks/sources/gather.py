@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from twinkle_callbacks.buckets.packing import as_bytes, copyable, nbytes_of
 from twinkle_callbacks.errors import SourceError
-from twinkle_callbacks.sources.handles import LEADER, Block
+from twinkle_callbacks.sources.handles import LEADER, Block, cast
 from twinkle_callbacks.sources.units import Unit, Wanted
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def gathered(units: Sequence[Unit]) -> Generator[tuple[Unit, list[torch.Tensor]]
 
 
 def _own(wanted: Wanted) -> torch.Tensor:
-    return wanted.handle.local().to(wanted.dtype)
+    return cast(wanted.handle.local(), wanted.dtype)
 
 
 def _rank() -> int:
