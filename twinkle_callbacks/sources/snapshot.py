@@ -51,16 +51,23 @@ class Snapshot:
         picture: list[Any] = []
         modules, seen = [self._root], {id(self._root)}
         for module in modules:  # which grows meanwhile
-            picture += (type(module), *module._non_persistent_buffers_set)
-            for name, child in module._modules.items():
-                picture += (name, id(child))
-                if child is not None and id(child) not in seen:
-                    seen.add(id(child))
-                    modules.append(child)
+            picture.append(type(module))
+            if module._modules:
+                picture += module._modules
+                for child in module._modules.values():
+                    identity = id(child)
+                    picture.append(identity)
+                    if child is not None and identity not in seen:
+                        seen.add(identity)
+                        modules.append(child)
+            if module._buffers:
+                picture += module._non_persistent_buffers_set
             for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        picture += (name, id(tensor), tensor.dtype, tensor.shape, tensor.device)
+                if held:
+                    picture += held
+                    for tensor in held.values():
+                        if tensor is not None:
+                            picture += (id(tensor), tensor.dtype, tensor.shape)
         return picture
 
 
