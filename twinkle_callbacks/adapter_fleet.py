@@ -33,11 +33,12 @@ class BaseFleet(Fleet):
 
     Args:
         settings: the synchronizer's settings.
+        total_bytes: about those of a push.
         base_of: the only adapter that it may be replaced beneath; empty for any.
     """
 
-    def __init__(self, settings: SyncSettings, base_of: str = "") -> None:
-        super().__init__(settings)
+    def __init__(self, settings: SyncSettings, total_bytes: int, base_of: str) -> None:
+        super().__init__(settings, total_bytes)
         self._base_of = base_of
 
     def _request(self, replica: Replica, metadata: dict[str, object], world_size: int) -> JoinRequest:
@@ -52,11 +53,12 @@ class AdapterFleet(Fleet):
 
     Args:
         settings: the synchronizer's settings.
+        total_bytes: about those of a push.
         adapter: the adapter; may be set anew before `connect`.
     """
 
-    def __init__(self, settings: SyncSettings, adapter: Adapter) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: SyncSettings, total_bytes: int, adapter: Adapter) -> None:
+        super().__init__(settings, total_bytes)
         self.adapter = adapter
         self._path = AdapterPath.sent(0)
         self._comparisons = 0
@@ -96,7 +98,7 @@ class AdapterFleet(Fleet):
 
     @property
     def bucket_size_bytes(self) -> int:
-        return min(self.settings.bucket_size_bytes, MAX_BUCKET_BYTES)
+        return min(super().bucket_size_bytes, MAX_BUCKET_BYTES)
 
     @property
     def dtype(self) -> str:

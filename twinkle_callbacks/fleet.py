@@ -16,9 +16,11 @@ import msgspec
 
 from twinkle_callbacks import auth
 from twinkle_callbacks.addresses import address_towards
+from twinkle_callbacks.buckets.layout import align
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.engines import get_engine
 from twinkle_callbacks.engines.base import CheckpointEngine
+from twinkle_callbacks.engines.choice import Place, choose
 from twinkle_callbacks.errors import (
     ConfigError,
     DeadlineError,
@@ -45,6 +47,7 @@ from twinkle_callbacks.worker.messages import (
 )
 
 logger = logging.getLogger(__name__)
+AUTO = "auto"
 T = TypeVar("T")
 
 
@@ -73,14 +76,17 @@ class Replica:
 class Fleet:
     """Connects to the rollouts, takes them through a push, and back to order when it fails. Rank 0 only."""
 
-    def __init__(self, settings: SyncSettings) -> None:
+    def __init__(self, settings: SyncSettings, total_bytes: int) -> None:
+        """Opens nothing; `total_bytes` are about those of a push, alignment included."""
         self.settings = settings
+        self._total_bytes = max(total_bytes, 1)
         self.engine: CheckpointEngine | None = None
         self.replicas: list[Replica] = []
         self._token = auth.load_token(settings.token)
         self._client = secrets.token_hex(8)
         self._push_number = 0
         self._version = 0
+        self._engine_name = settings.engine
 
     def connect(self) -> None:
         """The handshake: joins every worker of every rollout into one new group.
@@ -88,6 +94,19 @@ class Fleet:
         Raises:
             ConfigError, RolloutError, AuthenticationError, EngineError, DeadlineError: says which and what to change.
         """
+        if self._engine_name == AUTO:
+            self._connect("gloo")
+            place, workers = (
+                Place.of_this_process(),
+                [each.place for replica in self.replicas for each in replica.joined],
+            )
+            self._engine_name, why = choose(place, workers, self.bucket_size_bytes)
+            logger.info("engine=auto: chose %s: %s", self._engine_name, why)
+            if self._engine_name == "gloo":
+                return
+        self._connect(self._engine_name)
+
+    def _connect(self, engine_name: str) -> None:
         self.disconnect()
         settings = self.settings
         rollouts = [open_rollout(r, token=self._token, timeout_s=settings.timeout_s) for r in settings.rollouts]
@@ -98,7 +117,7 @@ class Fleet:
             size = rollout.world_size()
             self.replicas.append(Replica(rollout, range(first_rank, first_rank + size)))
             first_rank += size
-        engine = self.engine = self._make_engine(rollouts)
+        engine = self.engine = self._make_engine(engine_name, rollouts)
         metadata = engine.prepare()
         self._each(lambda replica: self._invite(replica, metadata, first_rank))
         try:
@@ -119,14 +138,10 @@ class Fleet:
 
     @property
     def bucket_size_bytes(self) -> int:
-        """Of a wire bucket."""
-        return self.settings.bucket_size_bytes
+        """Of a wire bucket: no larger than all that there is to send."""
+        return min(self.settings.bucket_size_bytes, align(self._total_bytes))
 
-    def _make_engine(self, rollouts: Sequence[Rollout]) -> CheckpointEngine:
-        name = self.settings.engine
-        if name == "auto":
-            name = "gloo"
-            logger.info("engine=auto: chose gloo, which reaches every host and device from the CPU")
+    def _make_engine(self, name: str, rollouts: Sequence[Rollout]) -> CheckpointEngine:
         engine = get_engine(name)(
             bucket_size=self.bucket_size_bytes,
             timeout=self.settings.timeout_s,

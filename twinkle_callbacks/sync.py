@@ -32,7 +32,8 @@ import torch
 
 from twinkle_callbacks.adapter_fleet import AdapterFleet, BaseFleet
 from twinkle_callbacks.buckets.digest import Digests, digests_of
-from twinkle_callbacks.buckets.packing import dtype_of
+from twinkle_callbacks.buckets.layout import align
+from twinkle_callbacks.buckets.packing import dtype_of, nbytes_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
 from twinkle_callbacks.drain import Stream, drain
 from twinkle_callbacks.engines.base import SendStats
@@ -205,14 +206,18 @@ class WeightSynchronizer:
     def _prepared_fleet(self) -> Fleet:
         """What connects to the rollouts: kept from one connection to the next. Rank 0 only."""
         if self.settings.merge_and_sync:
-            return self._fleet or Fleet(self.settings)
+            return self._fleet or Fleet(self.settings, self._total_bytes)
         source = self._source
         assert isinstance(source, AdapterSource)
         adapter = Adapter(self._served_name, source.config, {spec.name: spec.shape for spec in source.specs()})
         if not isinstance(self._fleet, AdapterFleet):
-            return AdapterFleet(self.settings, adapter)
+            return AdapterFleet(self.settings, self._total_bytes, adapter)
         self._fleet.adapter = adapter
         return self._fleet
+
+    @property
+    def _total_bytes(self) -> int:
+        return sum(align(nbytes_of(dtype_of(spec.dtype), spec.shape)) for spec in self._source.specs())
 
     @property
     def _served_name(self) -> str:
@@ -362,7 +367,7 @@ class _BaseSynchronizer(WeightSynchronizer):
         self._base_of = base_of
 
     def _prepared_fleet(self) -> Fleet:
-        return self._fleet or BaseFleet(self.settings, self._base_of)
+        return self._fleet or BaseFleet(self.settings, self._total_bytes, self._base_of)
 
 
 def _raise(failure: Exception | None) -> None:

@@ -180,12 +180,21 @@ class NCCLCheckpointEngine(CollectiveCheckpointEngine):
     backend_cls: ClassVar[type[CollectiveBackend]] = NCCLBackend
 
 
+def version() -> int:
+    """NCCL's version, such as 22809.
+
+    Raises:
+        ConfigError: there is no NCCL.
+    """
+    found = ctypes.c_int()
+    _check(_library().ncclGetVersion(ctypes.byref(found)), "tell its version")
+    return found.value
+
+
 def _check_peers(store: Store, rank: int, world_size: int) -> None:
     """Refuses what NCCL would refuse, or hang on, in words that say what to change; the same on every rank."""
-    version = ctypes.c_int()
-    _check(_library().ncclGetVersion(ctypes.byref(version)), "tell its version")
     host = os.environ.get("NCCL_HOSTID", socket.gethostname())  # what NCCL tells hosts apart by
-    mine = Peer(uuid_of(torch.cuda.current_device()), host, version.value)
+    mine = Peer(uuid_of(torch.cuda.current_device()), host, version())
     store.set(f"peer/{rank}", msgspec.msgpack.encode(mine))  # type: ignore[arg-type]  # takes bytes; its stub says str
     seen: dict[tuple[str, str], int] = {}
     for other in range(world_size):

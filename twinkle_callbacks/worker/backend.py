@@ -34,6 +34,7 @@ from vllm.distributed.weight_transfer.base import (
 from twinkle_callbacks import auth
 from twinkle_callbacks.buckets.device_digest import tensor_digest
 from twinkle_callbacks.buckets.frames import Failure
+from twinkle_callbacks.engines.choice import Place
 from twinkle_callbacks.errors import ConfigError, EngineError, RolloutError, TwinkleError, text_of
 from twinkle_callbacks.worker.adapter_links import AdapterLinks
 from twinkle_callbacks.worker.adapters import AdapterStore
@@ -196,6 +197,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             in_update=self._in_update,
             vllm=vllm.__version__,
             intact=self._intact,
+            place=Place.of_this_process(self.device.index),
         )
 
     def start_weight_update(self) -> None:
