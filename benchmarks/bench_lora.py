@@ -48,8 +48,10 @@ class Comparison:
         self.adapter_bytes = adapter_bytes(policy)
         self.bytes: dict[str, int] = {}
         self.files = FileRoute(servers.file)
-        self._alone = WeightSynchronizer(policy, rollouts=servers.alone, merge_and_sync=False, adapter_name=ADAPTER)
-        self._merged = WeightSynchronizer(policy, rollouts=servers.merged)
+        self._alone = WeightSynchronizer(
+            policy, rollouts=servers.alone, merge_and_sync=False, adapter_name=ADAPTER, engine=args.engine
+        )
+        self._merged = WeightSynchronizer(policy, rollouts=servers.merged, engine=args.engine)
         self._shown: dict[str, list[list[float]]] = {}
 
     def run(self, advance: Callable[[str], None]) -> None:
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (default: 16)")
     parser.add_argument("--requests", type=int, default=8, help="requests decoded side by side (default: 8)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded for each of them (default: 32)")
+    parser.add_argument("--engine", default="gloo", help="of our syncs (default: gloo, whose bytes can be counted)")
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds after one warm-up (default: 7)")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()

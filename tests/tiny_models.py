@@ -5,6 +5,7 @@ Sizes are those that vLLM's CPU attention accepts: head_dim 32 (16 is refused).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from twinkle_callbacks.buckets.layout import TensorSpec
+from twinkle_callbacks.buckets.packing import dtype_name
 
 VOCAB = 64
 KINDS = ("qwen3", "llama", "gpt2", "qwen3_moe", "mixtral")
@@ -58,6 +62,11 @@ def build(kind: str, seed: int = 0, **config: Any) -> PreTrainedModel:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
         return model
+
+
+def specs_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorSpec]:
+    """What a source of these tensors says of them."""
+    return [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors]
 
 
 def saved_tensors(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import secrets
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ import torch
 
 from twinkle_callbacks.errors import ConfigError, EngineError
 
+_LOADED = secrets.token_hex(8)
 _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
@@ -25,14 +27,14 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         number: unique in the process that owns it; never used again for another allocation.
-        process: that process.
+        process: that process, told from those of other containers with the same number.
         address: where the allocation begins there.
         nbytes: its size.
         handle: CUDA's own; empty if the memory cannot be shared.
     """
 
     number: int
-    process: int
+    process: str
     address: int
     nbytes: int
     handle: bytes
@@ -97,9 +99,8 @@ def ticket_of(address: int) -> Ticket:
     _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
     handle = (ctypes.c_char * _HANDLE_BYTES)()
     failed = _driver().cuIpcGetMemHandle(ctypes.byref(handle), base)  # such as expandable segments
-    return Ticket(
-        allocation_number(address), os.getpid(), int(base.value), int(size.value), b"" if failed else bytes(handle.raw)
-    )
+    known = b"" if failed else bytes(handle.raw)
+    return Ticket(allocation_number(address), _this_process(), int(base.value), int(size.value), known)
 
 
 class Mapping:
@@ -108,7 +109,7 @@ class Mapping:
     def __init__(self, ticket: Ticket) -> None:
         self._opened = ctypes.c_uint64()
         address = ticket.address
-        if ticket.process != os.getpid():
+        if ticket.process != _this_process():
             handle = _Handle.from_buffer_copy(ticket.handle)
             torch.cuda.current_stream().synchronize()  # makes this thread's context current
             try:
@@ -131,6 +132,10 @@ class Mapping:
 def tensor_at(address: int, nbytes: int) -> torch.Tensor:
     """Memory of the current GPU as a flat uint8 tensor, which does not own it."""
     return torch.as_tensor(_Memory(address, nbytes), device="cuda")
+
+
+def _this_process() -> str:
+    return f"{os.getpid()} {_LOADED}"  # a forked process has the same second part
 
 
 class _Memory:

@@ -221,10 +221,11 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._staged = self._link.receive(update_info.push, self._keep)
 
     def _keep(self, stage: Stage) -> str:
-        if self.vllm_config.lora_config is not None:
+        with_lora = self.vllm_config.lora_config is not None
+        if with_lora:
             stage.digest_each()  # here, since nothing waits for this thread
         stage.layouts = layouts_of(stage.tensors)
-        stage.fits = stage.layouts == self._taken
+        stage.fits = stage.layouts == self._taken and not with_lora  # adapters may have come since
         return self._base.id
 
     def _report_check(self) -> None:
