@@ -152,7 +152,7 @@ class NCCLBackend(CollectiveBackend):
             time.sleep(_POLL_S)
             if _library().ncclCommGetAsyncError(communicator, ctypes.byref(state)) != _SUCCESS:
                 break
-        self.abort()  # which frees, unlike ncclCommDestroy (NCCL 2.28: some megabytes of the host's memory a time)
+        self.abort()  # nothing is under way any more, or peers are gone: it frees at once, and waits for nobody
 
 
 class _NCCLWork:
