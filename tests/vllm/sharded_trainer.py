@@ -57,6 +57,7 @@ def main() -> None:
     assert report.version == 8
     assert report.replicas[0].rollout == url
     print("rank", rank, report)
+    torch.distributed.barrier()  # a rank whose peer has left already may hang in the end of its process groups
     torch.distributed.destroy_process_group()
 
 
