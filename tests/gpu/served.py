@@ -62,12 +62,12 @@ def host(name: str) -> Iterator[None]:
         yield
 
 
-def serve(folder: Path, *, synced: bool) -> Served:
-    """An engine with a process of its own, ended by `tests.vllm.engines.release`."""
+def serve(folder: Path, *, synced: bool, **settings: Any) -> Served:
+    """An engine with a process of its own, ended by `tests.vllm.engines.release`; `settings` are vLLM's."""
     before = set(multiprocessing.active_children())
     with host("worker"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        settings = {"dtype": "bfloat16", "gpu_memory_utilization": 0.05}  # of the GPU, free when it starts
+        settings |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.05}  # of the GPU, free when it starts
         llm = make_llm(folder, synced=synced, worker_extension_cls="tests.gpu.probe.Probe", **settings)
     [process] = set(multiprocessing.active_children()) - before
     assert process.pid not in (None, os.getpid())

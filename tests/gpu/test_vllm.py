@@ -26,6 +26,8 @@ SEED = 1
 SYNCS, WARM_SYNCS = 50, 15
 SLACK_MIB = 16.0
 BUCKET_MB = 4
+FREED_MIB = 64.0  # at least, when an engine sleeps: its weights and its cache
+ROOM_MIB = 1024  # left on the GPU, where there shall be no room for larger buckets
 TIMEOUT_S = 20.0
 LATE_S = 10.0  # how much later than its deadline an error may come
 
@@ -117,6 +119,59 @@ def test_fifty_syncs_with_generation_between_take_no_more_than_fifteen(
         assert_same(answers(served.llm), references.last)
     gc.collect()
     assert torch.cuda.memory_allocated() - held < MIB, "the engine's buffers are still there"
+
+
+@pytest.fixture(scope="module")
+def sleepy(references: References, served_dir: Path) -> Iterator[Served]:
+    """One engine for all tests in which it sleeps."""
+    yield serve(served_dir, synced=True, enable_sleep_mode=True)
+    release()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_push_wakes_an_engine_that_gave_its_memory_back(level: int, sleepy: Served, references: References) -> None:
+    policy = make_policy(SEED)
+    rollout = LocalRollout(sleepy.llm)
+    awake = Memory.now(sleepy).gpu
+    with synchronizer(policy, rollout, "ipc") as sync:
+        for step in range(SYNCS):
+            train(policy, step)
+            if step % 10 == 9:
+                rollout.sleep(level)
+                assert Memory.now(sleepy).gpu < awake - FREED_MIB
+            if step % 10 == 9 or step % 10 == 0:  # the second of these finds recorded copies
+                sync.push(version=step + 1)
+        assert_same(answers(sleepy.llm), references.last)
+        assert sleepy.ask("commit_way") == "recorded"
+
+
+def test_push_into_an_engine_that_sleeps_unknown_to_it_is_refused(sleepy: Served, references: References) -> None:
+    policy = make_policy(SEED)
+    rollout = LocalRollout(sleepy.llm)
+    with synchronizer(policy, rollout, "ipc") as sync:
+        sleepy.llm.sleep(level=1)
+        train(policy, 0)
+        with pytest.raises(TwinkleError, match="vLLM sleeps"):
+            sync.push(version=2)
+        sleepy.llm.wake_up()
+        assert_same(answers(sleepy.llm), references.first)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_buckets_that_the_gpu_has_no_room_for_are_a_clear_error(
+    engine: str, served: Served, references: References
+) -> None:
+    policy = make_policy(SEED)
+    free, _ = torch.cuda.mem_get_info()
+    held = [torch.empty(free - ROOM_MIB * MIB, dtype=torch.uint8, device="cuda")]
+    policy.large = torch.nn.Parameter(torch.zeros(2 * ROOM_MIB * MIB))  # on the CPU, so that it goes through buckets
+    with pytest.raises(TwinkleError, match="bucket_size_mb"):
+        synchronizer(policy, LocalRollout(served.llm), engine, bucket_size_mb=2 * ROOM_MIB).open()
+    held.clear()
+    torch.cuda.empty_cache()
+    del policy.large
+    with synchronizer(policy, LocalRollout(served.llm), engine):
+        assert_same(answers(served.llm), references.first)
 
 
 class DyingRollout(LocalRollout):

@@ -30,6 +30,9 @@ class LocalRollout(Rollout):
 
     `LLM` is used by one caller at a time, so nothing is in flight during a push and there is nothing to pause.
 
+    Where the policy trains on the same GPU, `sleep` gives the engine's memory back for that time. The next push wakes
+    the weights first, commits, and wakes the cache last.
+
     Args:
         llm: the engine; generate with it between pushes.
 
@@ -50,6 +53,44 @@ class LocalRollout(Rollout):
         self._version = "default"
         self._adapters: dict[str, LoRARequest] = {}
         self._unused: deque[int] = deque()  # ids of versions that ended, on whatever thread that was
+        self._asleep: set[str] = set()  # of vLLM's tags for memory
+        self._has_weights = True
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives back the engine's GPU memory, until `wake_up` or the next push that succeeds.
+
+        Args:
+            level: 1 keeps the weights in host memory; 2 drops them, so that only a push can bring new ones.
+
+        Raises:
+            ConfigError: another level, or the engine was made without `enable_sleep_mode=True`.
+            RolloutError: vLLM refused.
+        """
+        if level not in (1, 2):
+            raise ConfigError(f"sleep: level={level!r}; 1 keeps the weights in host memory, 2 drops them")
+        if not self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+            raise ConfigError("sleep: make this LLM with vllm.LLM(..., enable_sleep_mode=True)")
+        if self._asleep:
+            raise RolloutError("sleep: the local vLLM sleeps already; wake it up first, or push")
+        self._asleep = {"weights", "kv_cache"}
+        self._has_weights = level == 1
+        self._call("sleep", level)
+
+    def wake_up(self) -> None:
+        """Lets the engine generate again with the weights that it had. Does nothing if it is awake.
+
+        Raises:
+            RolloutError: it dropped them (level 2) and no push has brought others; or vLLM refused.
+        """
+        if not self._has_weights:
+            raise RolloutError("wake_up: the local vLLM dropped its weights (sleep level 2); push, which wakes it")
+        for memory in ("weights", "kv_cache"):
+            self._wake(memory)
+
+    def _wake(self, memory: str) -> None:
+        if memory in self._asleep:
+            self._call("wake_up", [memory])
+            self._asleep.remove(memory)
 
     def world_size(self) -> int:
         return int(self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp)
@@ -62,6 +103,7 @@ class LocalRollout(Rollout):
         self._call("init_weight_transfer_engine", {"init_info": {"request": request}})
 
     def start(self) -> None:
+        self._wake("weights")
         self._call("start_weight_update")
 
     def update(self, info: dict[str, Any]) -> None:
@@ -74,7 +116,9 @@ class LocalRollout(Rollout):
         """Does nothing: between two calls of `LLM` no request is in flight."""
 
     def resume(self) -> None:
-        """Does nothing, as `pause`."""
+        """Wakes the cache of an engine that slept; one without weights goes on sleeping."""
+        if self._has_weights:
+            self._wake("kv_cache")
 
     def reset_cache(self) -> None:
         # As vLLM's own pause over HTTP does, which an offline engine does not have.
@@ -84,7 +128,7 @@ class LocalRollout(Rollout):
             self._call("reset_mm_cache")
 
     def set_version(self, version: int) -> None:
-        self._version = str(version)
+        self._version, self._has_weights = str(version), True
         if hasattr(self.llm, "update_weight_version"):  # vLLM 0.26 has no versions in its offline engine
             self._call("update_weight_version", self._version)
 

@@ -34,7 +34,7 @@ from vllm.distributed.weight_transfer.base import (
 from twinkle_callbacks import auth
 from twinkle_callbacks.buckets.device_digest import tensor_digest
 from twinkle_callbacks.buckets.frames import Failure
-from twinkle_callbacks.engines.choice import Place
+from twinkle_callbacks.engines.whereabouts import Whereabouts
 from twinkle_callbacks.errors import ConfigError, EngineError, RolloutError, TwinkleError, text_of
 from twinkle_callbacks.worker.adapter_links import AdapterLinks
 from twinkle_callbacks.worker.adapters import AdapterStore
@@ -56,6 +56,7 @@ from twinkle_callbacks.worker.messages import (
 )
 from twinkle_callbacks.worker.ranks import agree, all_ranks_can
 from twinkle_callbacks.worker.recorded import Layouts, layouts_of
+from twinkle_callbacks.worker.sleep import require_awake
 from twinkle_callbacks.worker.stage import Stage
 
 logger = logging.getLogger("vllm.twinkle_callbacks")  # a child of vLLM's logger, so that its configuration shows it
@@ -197,7 +198,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             in_update=self._in_update,
             vllm=vllm.__version__,
             intact=self._intact,
-            place=Place.of_this_process(self.device.index),
+            whereabouts=Whereabouts.of_this_process(self.device.index),
         )
 
     def start_weight_update(self) -> None:
@@ -221,6 +222,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._staged = self._link.receive(update_info.push, self._keep)
 
     def _keep(self, stage: Stage) -> str:
+        require_awake()
         with_lora = self.vllm_config.lora_config is not None
         if with_lora:
             stage.digest_each()  # here, since nothing waits for this thread
@@ -276,6 +278,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if self._link is None:
                 raise EngineError("the trainer has left")
             stage = staged.result(self._link.request.timeout_s)
+            require_awake()
             if not stage.fits:
                 self._check(stage.tensors)
                 stage.fits = True
