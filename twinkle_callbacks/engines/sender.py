@@ -3,7 +3,11 @@
 Each byte is copied once (tensor to bucket) before the wire. The plan of a stream is kept: a stream like the one before
 it is neither planned nor described again, and each of its buckets is announced before it is filled, so that receivers
 are ready for its pieces as they come. Both ends forget a layout when a stream ends that did not use it. Runs on the
-engine's thread; digests are computed on one more, from what was packed, while the next tensors are.
+engine's thread.
+
+What was packed in host memory is digested a MiB at a time, while the CPU still has it in its cache: three times as fast
+as from memory, so more is left of the cores for the wire. Where receivers see the buckets themselves there is no wire,
+and packing is what everything waits for; digests are computed on a thread beside it then.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, me
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending, Place
 from twinkle_callbacks.engines.base import SendStats
 from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
+
+_CACHED_BYTES = 1 << 20
 
 
 class _Step(NamedTuple):
@@ -71,6 +77,7 @@ class _Bucket:
         self.steps: list[_Step] = []
         self.entries: list[Entry] = []
         self.used = 0
+        self.undigested_bytes = 0
         self.pieces_sent = 0
 
 
@@ -100,7 +107,9 @@ class FrameSender:
         self._kept: list[torch.Tensor] = []  # receivers may be looking at them
         self._told_before: tuple[list[Any], bytes, bytes] = [], b"", b""  # in the last MAPPED frame: header, layout
         self.source_failed = False
-        apart = verify and self._device.type == "cpu"  # a GPU computes beside this thread anyway
+        on_host = verify and self._device.type == "cpu"  # a GPU computes beside this thread anyway
+        apart = on_host and backend.shares
+        self._digest_at_once_bytes = _CACHED_BYTES if on_host and not apart else bucket_bytes
         self._digester = ThreadPoolExecutor(1, thread_name_prefix="twinkle-digest") if apart else None
         self._digesting: list[list[Future[None]]] = [[], []]  # of what is in either buffer
 
@@ -233,24 +242,37 @@ class FrameSender:
             self._digest.add_tensors([name for _, name, _ in mapped], [digestible(each) for each in tensors])
 
     def _send_tensor(self, step: _Step, tensor: torch.Tensor) -> None:
-        if step.view is not None:
-            self._enter(step.chunks[0])
-            step.view.copy_(copyable(tensor))
-            self._bucket.steps.append(step)
-            self._add(step.entries[0])
-        else:
+        if step.view is None or self._is_digested_in_parts(step, tensor):
             self._pack_chunks(step, as_bytes(tensor))
+            return
+        self._enter(step.chunks[0])
+        step.view.copy_(copyable(tensor))
+        self._bucket.steps.append(step)
+        self._bucket.undigested_bytes += step.entries[0].nbytes
+        self._add(step.entries[0])
+        if self._bucket.undigested_bytes >= self._digest_at_once_bytes:
+            self._digest_steps(self._bucket)
+
+    def _is_digested_in_parts(self, step: _Step, tensor: torch.Tensor) -> bool:
+        large = step.entries[0].nbytes > self._digest_at_once_bytes
+        return large and tensor.device.type == "cpu" and tensor.is_contiguous()
 
     def _pack_chunks(self, step: _Step, source: torch.Tensor) -> None:
         for entry, chunk in zip(step.entries, step.chunks, strict=True):
             self._enter(chunk)
-            place = self._buffers[self._bucket.side][chunk.offset : chunk.offset + chunk.nbytes]
-            place.copy_(source[chunk.start : chunk.start + chunk.nbytes])
+            self._digest_steps(self._bucket)
+            for start in range(0, chunk.nbytes, self._digest_at_once_bytes):
+                self._pack_part(entry, source, start, min(start + self._digest_at_once_bytes, chunk.nbytes))
             self._add(entry)
-            if self._verify:
-                last = entry.start + entry.nbytes == source.numel()
-                add = partial(self._digest.add_chunk, first=entry.start == 0, last=last)
-                self._start_digest(self._bucket.side, add, entry.name, memory(place))
+
+    def _pack_part(self, entry: Entry, source: torch.Tensor, start: int, end: int) -> None:
+        """Packs bytes `start` to `end` of an entry."""
+        place = self._buffers[self._bucket.side][entry.offset + start : entry.offset + end]
+        place.copy_(source[entry.start + start : entry.start + end])
+        if self._verify:
+            first, last = entry.start + start == 0, entry.start + end == source.numel()
+            add = partial(self._digest.add_chunk, first=first, last=last)
+            self._start_digest(self._bucket.side, add, entry.name, memory(place))
 
     def _enter(self, chunk: Chunk) -> None:
         """Makes the chunk's bucket the open one, once its buffer is free, and announces it if it is like the last."""
@@ -320,7 +342,7 @@ class FrameSender:
             names = [step.name for step in bucket.steps]
             data = [step.data for step in bucket.steps if step.data is not None]
             self._start_digest(bucket.side, self._digest.add_tensors, names, data)
-        bucket.steps = []
+        bucket.steps, bucket.undigested_bytes = [], 0
 
     def _start_digest(self, side: int, call: Callable[..., None], *args: Any) -> None:
         if self._digester is None:
