@@ -351,7 +351,7 @@ def test_commits_are_loaded_recorded_then_replayed(plain_loader: list[int], capl
             assert values(model) == loaded(Toy(), weights(seed))
     assert len(plain_loader) == 1
     messages = [record.message for record in caplog.records]
-    assert messages == ["the next commits are recorded copies: 10 writes, 0.000 GB"]
+    assert messages == ["the next commits are recorded copies: 10 writes, 0.000 GB, 0 of them in one kernel"]
 
 
 def test_commits_that_no_longer_fit_are_loaded_and_recorded_anew(caplog: pytest.LogCaptureFixture) -> None:

@@ -41,3 +41,16 @@ def word_sums_kernel(table, sums, BLOCK: tl.constexpr):  # type: ignore[no-untyp
         key = (start + whole).to(tl.uint32) * 0x9E3779B1 + 0x85EBCA77
         total += tl.where(alone, mixed(word, key), nothing)
     tl.atomic_add(sums + row, tl.sum(total, 0).to(tl.int64, bitcast=True))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def copy_chunks_kernel(table, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Copies chunk r of `table` (source, target, bytes; int64, all multiples of 16), each in a program of its own."""
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.multiple_of(tl.load(table + 3 * row), 16).to(tl.pointer_type(tl.uint64))
+    target = tl.multiple_of(tl.load(table + 3 * row + 1), 16).to(tl.pointer_type(tl.uint64))
+    words = tl.multiple_of((tl.load(table + 3 * row + 2) // 8).to(tl.int32), 2)
+    lanes = tl.arange(0, BLOCK)
+    for begin in range(0, words, BLOCK):
+        there = begin + lanes < words
+        tl.store(target + begin + lanes, tl.load(source + begin + lanes, mask=there), mask=there)

@@ -16,7 +16,8 @@ import torch
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.errors import EngineError
 from twinkle_callbacks.worker import recorded
-from twinkle_callbacks.worker.recorded import Digest, Layouts, RecordedCopies, Tensors
+from twinkle_callbacks.worker.copies import Tensors
+from twinkle_callbacks.worker.recorded import Digest, Layouts, RecordedCopies
 
 logger = logging.getLogger("vllm.twinkle_callbacks")
 

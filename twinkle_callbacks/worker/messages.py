@@ -28,7 +28,7 @@ import msgspec
 
 from twinkle_callbacks import auth
 from twinkle_callbacks.buckets.frames import Failure
-from twinkle_callbacks.engines.choice import Place
+from twinkle_callbacks.engines.whereabouts import Whereabouts
 from twinkle_callbacks.errors import AuthenticationError, ConfigError
 
 RECEIVE = "receive"
@@ -197,7 +197,7 @@ class Joined(msgspec.Struct, frozen=True):
     in_update: bool
     vllm: str
     intact: bool = True
-    place: Place = Place()
+    whereabouts: Whereabouts = Whereabouts()
 
 
 class Staged(msgspec.Struct, frozen=True):

@@ -7,13 +7,13 @@ a copy makes the recording fail, so nothing is derived from weights unseen, and 
     obstacle   could layers of this model hold more than copies?                nothing is touched yet
     record     load once more, watched; spoil what was written, replay, and compare digests with the normal commit's
     fits       the same tensors, into the same memory?                          before each replay
-    replay     the copies alone, in the loader's order, so that overlapping writes end as they did
+    replay     the copies alone; where some overlap, in the loader's order, so that they end as they did
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.buckets.packing import as_bytes, memory
 from twinkle_callbacks.errors import EngineError
+from twinkle_callbacks.worker.copies import Copy, Fill, Tensors, Writes, span
 
-Tensors = Mapping[str, torch.Tensor]
 Digest = Callable[[torch.Tensor], int]
 
 # Classes of vLLM (0.26 to 0.32) whose `process_weights_after_loading` makes nothing out of weights on CUDA, and when:
@@ -46,31 +46,6 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 class NotRecordedError(EngineError):
     """A load is more than a set of copies. Told in the log; commits go through the loader then."""
-
-
-class Copy(NamedTuple):
-    """A slice of the model and the slice of a given tensor that belongs there."""
-
-    target: torch.Tensor
-    source: str
-    window: tuple[torch.Size, tuple[int, ...], int] | None  # shape, stride, offset in the source; None: all of it
-
-    def replay(self, tensors: Tensors) -> None:
-        source = tensors[self.source]
-        if self.window is not None:
-            shape, stride, offset = self.window
-            source = source.as_strided(shape, stride, source.storage_offset() + offset)
-        self.target.copy_(source, non_blocking=True)
-
-
-class Fill(NamedTuple):
-    """A slice of the model, such as the padding of an embedding, and the number that the loader fills it with."""
-
-    target: torch.Tensor
-    value: complex
-
-    def replay(self, tensors: Tensors) -> None:
-        self.target.fill_(self.value)
 
 
 def obstacle(model: Any) -> str:
@@ -108,9 +83,8 @@ def host_digest(tensor: torch.Tensor) -> int:
 class RecordedCopies:
     """What the loader copies into one model from tensors of certain names and layouts. Made by `record`."""
 
-    def __init__(self, places: list[_Place], layouts: Layouts, writes: list[Copy | Fill]) -> None:
+    def __init__(self, places: list[_Place], layouts: Layouts, writes: Writes) -> None:
         self._places, self._layouts, self._writes = places, layouts, writes
-        self._device = writes[0].target.device
 
     @classmethod
     def record(cls, model: Any, tensors: Tensors, digest: Digest = host_digest) -> RecordedCopies:
@@ -136,7 +110,7 @@ class RecordedCopies:
                 raise NotRecordedError("the loader wrote nothing")
             _check_same(places, list(_places(model)))
             _compare("a load without a reload leaves other values", expected, _digests(places, digest))
-            record = cls(places, layouts_of(tensors), recorder.writes)
+            record = cls(places, layouts_of(tensors), Writes(recorder.writes, tensors))
             record._spoil()
             record.replay(tensors)
             _compare("repeating the copies leaves other values", expected, _digests(places, digest))
@@ -156,22 +130,15 @@ class RecordedCopies:
         return f"moved or replaced in the model: {first_few(moved)}" if moved else ""
 
     def replay(self, tensors: Tensors) -> None:
-        """Writes tensors that fit, and waits until they are there.
-
-        No view of a source is kept: it would hold the staged copy's memory, and is made while the device copies.
-        """
-        with torch.no_grad():
-            for write in self._writes:
-                write.replay(tensors)
-        if self._device.type != "cpu":
-            torch.get_device_module(self._device).current_stream(self._device).synchronize()
+        """Writes tensors that fit, and waits until they are there."""
+        self._writes.replay(tensors)
 
     def __str__(self) -> str:
-        return f"{len(self._writes)} writes, {sum(write.target.nbytes for write in self._writes) / 1e9:.3f} GB"
+        return str(self._writes)
 
     def _spoil(self) -> None:
-        for write in self._writes:
-            write.target.view(_WORDS[write.target.element_size()]).fill_(-1)
+        for target in self._writes.targets:
+            target.view(_WORDS[target.element_size()]).fill_(-1)
 
 
 class _Place(NamedTuple):
@@ -237,7 +204,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self._registered = {_storage(place.home) for place in places if place.home.numel()}
         self._tensors = tensors
         # They may lie in one storage, as slices of a bucket do: a view belongs to the tensor within whose bytes it is.
-        self._spans = sorted((*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
+        self._spans = sorted((*span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
         self._given = {_storage(tensor) for tensor in tensors.values() if tensor.numel()}
         if self._given & self._registered:
             raise NotRecordedError("tensors to load lie in the memory of the model")
@@ -262,11 +229,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         return result
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
-        start, end = _span(source)
-        span = bisect_right(self._spans, start, key=lambda span: span[0]) - 1
-        if span < 0 or end > self._spans[span][1]:
+        start, end = span(source)
+        within = bisect_right(self._spans, start, key=lambda each: each[0]) - 1
+        if within < 0 or end > self._spans[within][1]:
             raise NotRecordedError("the loader copies something that it was not given")
-        name = self._spans[span][2]
+        name = self._spans[within][2]
         if _storage(target) not in self._registered:
             raise NotRecordedError(f"the loader copies {name} to where no parameter or buffer is")
         given = self._tensors[name]
@@ -290,9 +257,3 @@ def _plain(target: torch.Tensor) -> torch.Tensor:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Address of the first byte of a tensor with elements, and that after its last."""
-    elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
