@@ -20,7 +20,8 @@ from twinkle_callbacks.buckets.layout import align
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.engines import get_engine
 from twinkle_callbacks.engines.base import CheckpointEngine
-from twinkle_callbacks.engines.choice import Place, choose
+from twinkle_callbacks.engines.choice import choose
+from twinkle_callbacks.engines.whereabouts import Whereabouts
 from twinkle_callbacks.errors import (
     ConfigError,
     DeadlineError,
@@ -96,11 +97,8 @@ class Fleet:
         """
         if self._engine_name == AUTO:
             self._connect("gloo")
-            place, workers = (
-                Place.of_this_process(),
-                [each.place for replica in self.replicas for each in replica.joined],
-            )
-            self._engine_name, why = choose(place, workers, self.bucket_size_bytes)
+            workers = [worker.whereabouts for replica in self.replicas for worker in replica.joined]
+            self._engine_name, why = choose(Whereabouts.of_this_process(), workers, self.bucket_size_bytes)
             logger.info("engine=auto: chose %s: %s", self._engine_name, why)
             if self._engine_name == "gloo":
                 return

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from twinkle_callbacks.engines import choice
-from twinkle_callbacks.engines.choice import Place, choose
+from twinkle_callbacks.engines.choice import choose
+from twinkle_callbacks.engines.whereabouts import Whereabouts
 
 BUCKET = 1 << 20
-HERE, THERE = Place("shm here", host="here"), Place("shm there", host="there")
+HERE, THERE = Whereabouts("shm here", host="here"), Whereabouts("shm there", host="there")
 
 
-def gpu(uuid: str, host: str = "here", nccl: int = 22809) -> Place:
-    return Place(f"shm {host}", uuid, host, nccl)
+def gpu(uuid: str, host: str = "here", nccl: int = 22809) -> Whereabouts:
+    return Whereabouts(f"shm {host}", uuid, host, nccl)
 
 
 @pytest.mark.parametrize(
@@ -34,10 +35,10 @@ def gpu(uuid: str, host: str = "here", nccl: int = 22809) -> Place:
         (HERE, [HERE, HERE], "shm"),
         (HERE, [HERE, THERE], "gloo"),
         (HERE, [THERE], "gloo"),
-        (Place(), [Place()], "gloo"),
+        (Whereabouts(), [Whereabouts()], "gloo"),
     ],
 )
-def test_choice(trainer: Place, workers: list[Place], engine: str) -> None:
+def test_choice(trainer: Whereabouts, workers: list[Whereabouts], engine: str) -> None:
     name, why = choose(trainer, workers, BUCKET)
     assert name == engine
     assert why
@@ -51,4 +52,4 @@ def test_shared_memory_without_room_is_not_chosen(monkeypatch: pytest.MonkeyPatc
 
 
 def test_processes_of_one_user_on_one_host_are_at_one_place() -> None:
-    assert Place.of_this_process().shared_memory == Place.of_this_process().shared_memory != ""
+    assert Whereabouts.of_this_process().shared_memory == Whereabouts.of_this_process().shared_memory != ""

@@ -4,49 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
-
-import msgspec
 
 from twinkle_callbacks.engines.shm import FOLDER
-
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-
-
-class Place(msgspec.Struct, frozen=True):
-    """Where a process runs.
-
-    Attributes:
-        shared_memory: equal for processes that see the same `/dev/shm` as the same user; empty if there is none.
-        gpu: UUID of its GPU, empty if it has none.
-        host: as NCCL tells hosts apart.
-        nccl: NCCL's version, 0 if there is none.
-    """
-
-    shared_memory: str = ""
-    gpu: str = ""
-    host: str = ""
-    nccl: int = 0
-
-    @classmethod
-    def of_this_process(cls, gpu: int | None = None) -> Place:
-        """Of this process; `gpu` is the index of the GPU that it works on, by default this thread's."""
-        import torch
-
-        host, shared = "", ""
-        if _BOOT.exists():
-            host = _BOOT.read_text().strip()
-            shared = f"{host} {os.stat(FOLDER).st_dev} {os.getuid()}" if FOLDER.is_dir() else ""
-        if not torch.cuda.is_available():
-            return cls(shared, host=host)
-        from twinkle_callbacks.engines.cuda import uuid_of
-        from twinkle_callbacks.engines.nccl import version
-
-        index = torch.cuda.current_device() if gpu is None else gpu
-        return cls(shared, uuid_of(index), os.environ.get("NCCL_HOSTID", host), version())
+from twinkle_callbacks.engines.whereabouts import Whereabouts
 
 
-def choose(trainer: Place, workers: Sequence[Place], bucket_bytes: int) -> tuple[str, str]:
+def choose(trainer: Whereabouts, workers: Sequence[Whereabouts], bucket_bytes: int) -> tuple[str, str]:
     """The name of the fastest engine that reaches all workers, and why.
 
     Args:

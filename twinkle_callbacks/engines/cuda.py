@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from twinkle_callbacks.errors import ConfigError, EngineError
+from twinkle_callbacks.errors import ConfigError, EngineError, text_of
 
 _LOADED = secrets.token_hex(8)
 _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
@@ -62,16 +62,12 @@ class Allocation:
     def __init__(self, nbytes: int) -> None:
         torch.cuda.current_stream().synchronize()  # makes this thread's context current
         address = ctypes.c_uint64()
-        free, total = torch.cuda.mem_get_info()
         if _driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(nbytes)):
             torch.cuda.empty_cache()
             try:
                 _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
             except EngineError as error:
-                raise EngineError(
-                    f"no memory for a bucket of {nbytes >> 20} MiB: {free >> 20} of {total >> 20} MiB are free on the "
-                    f"GPU; make bucket_size_mb smaller ({error})"
-                ) from None
+                raise no_room(nbytes, error) from None
         self.address = int(address.value)
         self.tensor = tensor_at(self.address, nbytes)
 
@@ -80,6 +76,27 @@ class Allocation:
         address, self.address = self.address, 0
         if address:
             _call("cuMemFree_v2", ctypes.c_uint64(address))
+
+
+def torch_bucket(nbytes: int, device: torch.device) -> torch.Tensor:
+    """A flat uint8 tensor of torch's own memory.
+
+    Raises:
+        EngineError: there is none.
+    """
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise no_room(nbytes, error) from None
+
+
+def no_room(nbytes: int, error: Exception) -> EngineError:
+    """What to say when there is no memory for a bucket."""
+    free, total = torch.cuda.mem_get_info()
+    return EngineError(
+        f"no memory for a bucket of {nbytes >> 20} MiB: {free >> 20} of {total >> 20} MiB are free on the GPU; make "
+        f"bucket_size_mb smaller ({type(error).__name__}: {text_of(error)})"
+    )
 
 
 def allocation_number(address: int) -> int:

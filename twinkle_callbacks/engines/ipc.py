@@ -21,10 +21,11 @@ from twinkle_callbacks.engines.cuda import (
     allocation_number,
     require_device,
     ticket_of,
-    uuid_of,
+    torch_bucket,
 )
 from twinkle_callbacks.engines.mapped import MappedBackend
-from twinkle_callbacks.errors import ConfigError, DeadlineError, ProtocolError, text_of
+from twinkle_callbacks.engines.whereabouts import Whereabouts, exchange
+from twinkle_callbacks.errors import ConfigError, ProtocolError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -48,11 +49,11 @@ class IPCBackend(MappedBackend):
         return require_device()
 
     def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
-        _refuse_other_gpus(store, rank, world_size)
+        _refuse_other_gpus(exchange(store, rank, world_size))
         super().connect(store, rank, world_size, host=host, timeout_s=timeout_s)
 
     def allocate_bucket(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return torch_bucket(nbytes, self._device)
 
     def create(self, nbytes: int) -> tuple[torch.Tensor, bytes]:
         allocation = Allocation(nbytes)
@@ -132,16 +133,10 @@ class IPCCheckpointEngine(CollectiveCheckpointEngine):
     backend_cls: ClassVar[type[CollectiveBackend]] = IPCBackend
 
 
-def _refuse_other_gpus(store: Store, rank: int, world_size: int) -> None:
-    mine = uuid_of(torch.cuda.current_device())
-    store.set(f"gpu/{rank}", mine)
-    try:
-        gpus = [store.get(f"gpu/{other}").decode() for other in range(world_size)]
-    except RuntimeError as error:
-        raise DeadlineError(f"a rank did not tell which GPU it has: {text_of(error)}") from error
-    for other, gpu in enumerate(gpus):
-        if gpu != gpus[0]:
+def _refuse_other_gpus(ranks: list[Whereabouts]) -> None:
+    for rank, where in enumerate(ranks):
+        if where.gpu != ranks[0].gpu:
             raise ConfigError(
-                f"rank {other} is on GPU {gpu}, the master on {gpus[0]}: engine='ipc' needs both on the same one; use "
-                f"engine='nccl'"
+                f"rank {rank} is on GPU {where.gpu}, the master on {ranks[0].gpu}: engine='ipc' needs both on the same "
+                f"one; use engine='nccl'"
             )

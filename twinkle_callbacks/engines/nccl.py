@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
 import torch
 
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.collective import CollectiveCheckpointEngine
-from twinkle_callbacks.engines.cuda import require_device, uuid_of
+from twinkle_callbacks.engines.cuda import require_device, torch_bucket
+from twinkle_callbacks.engines.whereabouts import Whereabouts, exchange
 from twinkle_callbacks.errors import ConfigError, DeadlineError, EngineError, text_of
 
 if TYPE_CHECKING:
@@ -31,14 +29,6 @@ _POLL_S = 0.00005
 _LEAVE_S = 2.0
 _SUCCESS, _IN_PROGRESS = 0, 7  # of ncclResult_t
 _UINT8 = 1  # of ncclDataType_t
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """What a rank must agree on with the others before NCCL is asked to connect them."""
-
-    gpu: str
-    host: str
-    nccl: int
 
 
 class NCCLBackend(CollectiveBackend):
@@ -57,7 +47,7 @@ class NCCLBackend(CollectiveBackend):
 
     def connect(self, store: Store, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        _check_peers(store, rank, world_size)
+        _check_peers(exchange(store, rank, world_size), rank)
         unique = _UniqueId()
         if rank == 0:
             _check(_library().ncclGetUniqueId(ctypes.byref(unique)), "make an id")
@@ -71,7 +61,7 @@ class NCCLBackend(CollectiveBackend):
         self._finish(status, f"connect rank {rank} of {world_size}")
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return torch_bucket(nbytes, self._device)
 
     def broadcast(self, buffer: torch.Tensor) -> Pending:
         self._wire.wait_stream(torch.cuda.current_stream(self._device))
@@ -191,14 +181,11 @@ def version() -> int:
     return found.value
 
 
-def _check_peers(store: Store, rank: int, world_size: int) -> None:
+def _check_peers(peers: list[Whereabouts], rank: int) -> None:
     """Refuses what NCCL would refuse, or hang on, in words that say what to change; the same on every rank."""
-    host = os.environ.get("NCCL_HOSTID", socket.gethostname())  # what NCCL tells hosts apart by
-    mine = Peer(uuid_of(torch.cuda.current_device()), host, version())
-    store.set(f"peer/{rank}", msgspec.msgpack.encode(mine))  # type: ignore[arg-type]  # takes bytes; its stub says str
+    mine = peers[rank]
     seen: dict[tuple[str, str], int] = {}
-    for other in range(world_size):
-        peer = msgspec.msgpack.decode(_told(store, f"peer/{other}", f"rank {other} did not tell its GPU"), type=Peer)
+    for other, peer in enumerate(peers):
         if peer.nccl // 100 != mine.nccl // 100:
             raise ConfigError(
                 f"rank {other} runs NCCL {_dotted(peer.nccl)}, rank {rank} {_dotted(mine.nccl)}; install the same "
