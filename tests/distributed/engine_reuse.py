@@ -20,6 +20,7 @@ from twinkle_callbacks.engines import CheckpointEngine
 scenario = Scenarios()
 WARM_SYNCS, SYNCS = 20, 200
 WARM_GROUPS, GROUPS = 3, 15
+WARM_GROUPS_ON_GPU, GROUPS_ON_GPU = 20, 32  # NCCL's host memory grows with its first fifteen, then no more
 SLACK_MIB = 6.0
 
 
@@ -112,12 +113,13 @@ def extra_memory_is_two_buckets_and_the_largest_tensor(rank: Rank) -> None:
 def assert_groups_leave_nothing(rank: Rank, engine: CheckpointEngine, use: Callable[[], None]) -> None:
     """Many groups, one after another, each used and left, take no more than a few."""
     before = None
-    for group in range(GROUPS):
+    warm, groups = (WARM_GROUPS, GROUPS) if rank.case.device == "cpu" else (WARM_GROUPS_ON_GPU, GROUPS_ON_GPU)
+    for group in range(groups):
         rank.join(engine=engine, group=f"group/{group}")
         use()
         engine.finalize()
         rank.meet(f"left/{group}")
-        if group + 1 == WARM_GROUPS:
+        if group + 1 == warm:
             before = Usage.now()
     assert before is not None
     before.assert_flat(settled(before))

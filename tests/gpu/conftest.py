@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.gpu.served import host, make_policy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,6 +22,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"torch {torch.__version__} sees no NVIDIA GPU"))
         # vLLM and what it imports warn in plenty; our own warnings stay errors
         item.add_marker(pytest.mark.filterwarnings(r"ignore:::(?!twinkle_callbacks|tests|recipes)"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def this_process_is_a_host_of_its_own() -> Iterator[None]:
+    with host("trainer"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def served_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that every engine is started with, which no test trains."""
+    folder = tmp_path_factory.mktemp("served")
+    make_policy(seed=0).save_pretrained(folder)
+    return folder
 
 
 def pytest_sessionfinish() -> None:

@@ -16,8 +16,14 @@ import torch
 from benchmarks.gpu_nccl import HOST_ENV
 from tests.tiny_models import build
 from tests.vllm.engines import make_llm
+from twinkle_callbacks import WeightSynchronizer
+from twinkle_callbacks.rollouts import LocalRollout
 
+ENGINES = ["ipc", "nccl"]
 DEVICE = "cuda"
+SEED = 1
+BUCKET_MB = 4
+TIMEOUT_S = 20.0
 MIB = 1 << 20
 
 
@@ -72,6 +78,11 @@ def serve(folder: Path, *, synced: bool, **settings: Any) -> Served:
     [process] = set(multiprocessing.active_children()) - before
     assert process.pid not in (None, os.getpid())
     return Served(llm, process.pid)
+
+
+def synchronizer(policy: torch.nn.Module, rollout: LocalRollout, engine: str, **settings: Any) -> WeightSynchronizer:
+    settings = {"timeout_s": TIMEOUT_S, "bucket_size_mb": BUCKET_MB, **settings}
+    return WeightSynchronizer(policy, rollouts=rollout, engine=engine, **settings)
 
 
 def make_policy(seed: int) -> torch.nn.Module:
