@@ -52,8 +52,7 @@ test-vllm: $(STAMP)  ## tests with a real vLLM
 	$(PYTEST) --durations=5 tests/vllm
 
 test-gpu:  ## tests that need an NVIDIA GPU; name an environment with CUDA: make test-gpu GPU_PYTHON=/path/to/python
-	$(GPU_PYTHON) -m pytest -n4 --dist loadgroup --durations=10 tests/gpu/test_engine_contract.py tests/gpu/test_killed.py
-	$(GPU_PYTHON) -m pytest -n0 --durations=10 tests/gpu/test_vllm.py  # alone: it measures the GPU's memory
+	$(GPU_PYTHON) -m pytest -n0 --durations=10 tests/gpu
 
 lint: $(STAMP)  ## ruff, mypy --strict on the package, import layers
 	$(BIN)/ruff check .

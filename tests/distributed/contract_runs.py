@@ -22,11 +22,8 @@ Logs = list[str]
 
 
 def engine_params(cases: Iterable[EngineCase]) -> list[Any]:
-    """The cases as pytest's parameters; all tests of one go to one process of pytest-xdist, where that groups."""
-    return [
-        pytest.param(case, id=case.name, marks=[*case.marks, pytest.mark.xdist_group(f"contract-{case.name}")])
-        for case in cases
-    ]
+    """The cases as pytest's parameters."""
+    return [pytest.param(case, id=case.name, marks=case.marks) for case in cases]
 
 
 class ContractRuns:

@@ -59,7 +59,7 @@ def no_engine_outlives_its_test() -> Iterator[None]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("no_engine_outlives_its_test")
-@pytest.mark.parametrize("engine", [pytest.param(e, marks=pytest.mark.xdist_group(f"killed-{e}")) for e in ENGINES])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_trainer_outlives_engines_that_are_killed(engine: str, served_dir: Path) -> None:
     policy = make_policy(SEED)
     expected: Answers = []

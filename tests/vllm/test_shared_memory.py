@@ -62,11 +62,15 @@ def test_server_answers_like_a_fresh_load_after_each_push(vllm_server: Server, e
     assert report.replicas[0].digest == report.digest != ""
 
 
-def test_engine_in_this_process_answers_like_a_fresh_load(tmp_path: Path, expected: list[Answers]) -> None:
+def test_engine_in_this_process_answers_like_a_fresh_load(
+    tmp_path: Path, expected: list[Answers], monkeypatch: pytest.MonkeyPatch
+) -> None:
     build("qwen3", seed=0).save_pretrained(tmp_path)
     llm = make_llm(tmp_path, synced=True)
     policy = build("qwen3", seed=1)
-    with WeightSynchronizer(policy, rollouts=LocalRollout(llm), **SETTINGS) as sync:
+    with monkeypatch.context() as patch, WeightSynchronizer(policy, rollouts=LocalRollout(llm), **SETTINGS) as sync:
+        # over NCCL this would wait for a broadcast that the sender begins only when `update_weights` has returned
+        patch.setattr(torch.accelerator, "synchronize", lambda: pytest.fail("it waits for the whole device"))
         assert_same(answers(llm), expected[1])
         policy.load_state_dict(build("qwen3", seed=2).state_dict())
         sync.push(version=1)

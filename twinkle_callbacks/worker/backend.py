@@ -205,6 +205,12 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._in_update, self._aborted = True, False
         self._staged = None
 
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As vLLM's own, but does not wait for all of the GPU, where a broadcast may be pending that the sender begins
+        only after this has returned. Commits wait for what they started.
+        """
+        self.receive_weights(self.parse_update_info(update_info))
+
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Starts receiving and returns at once, or checks; what goes wrong is told in the receipts."""
         if update_info.unreadable:

@@ -16,7 +16,7 @@ import torch
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.errors import EngineError
 from twinkle_callbacks.worker import recorded
-from twinkle_callbacks.worker.copies import Tensors
+from twinkle_callbacks.worker.copies import Tensors, wait_for
 from twinkle_callbacks.worker.recorded import Digest, Layouts, RecordedCopies
 
 logger = logging.getLogger("vllm.twinkle_callbacks")
@@ -92,6 +92,8 @@ class Committer:
             self._load(tensors)
         else:
             self._tell(f"the next commits are recorded copies: {self._record}")
+            if self._device.type != "cpu":
+                torch.get_device_module(self._device).empty_cache()  # of the layers that the loader made, for good
 
     def _tell(self, what: str) -> None:
         if what != self._told:
@@ -117,6 +119,7 @@ def commit(model: Any, model_config: Any, tensors: Iterable[tuple[str, torch.Ten
             finalize_layerwise_reload(model, model_config)
         _repack_cpu_heads(model)
         _check_nothing_on_meta(model)
+        wait_for(device)
     except BaseException:
         for registered in before:
             registered.put_back()

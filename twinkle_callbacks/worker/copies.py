@@ -66,8 +66,7 @@ class Writes:
             self._stretches.replay(tensors)
             for write in self._single:
                 write.replay(tensors)
-        if self._device.type != "cpu":
-            torch.get_device_module(self._device).current_stream(self._device).synchronize()
+        wait_for(self._device)
 
     def __str__(self) -> str:
         nbytes = sum(target.nbytes for target in self.targets)
@@ -93,6 +92,12 @@ class _Stretches:
             self._addresses = addresses
         if addresses:
             copy_chunks(self._table)
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until what this thread started on the device is done, as the sender may change its tensors after it."""
+    if device.type != "cpu":
+        torch.get_device_module(device).current_stream(device).synchronize()
 
 
 def copy_chunks(table: torch.Tensor) -> None:
