@@ -52,7 +52,9 @@ class Stage:
         if not self._verify:
             return
         if stays:
-            self._undigested.append((name, tensor))  # all at once is faster, on a GPU
+            self._undigested.append((name, tensor))
+            if len(self._undigested) == DIGESTED_TOGETHER:  # while the sender computes its own
+                self._digest_rest()
             return
         self._digest_rest()
         self._add_digests([(name, tensor if tensor.is_cuda else staged)])
