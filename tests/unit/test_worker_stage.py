@@ -1,12 +1,14 @@
-"""What a stage takes: anything, or only what was announced."""
+"""What a stage takes: anything, or only what was announced; and its digests."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from twinkle_callbacks.errors import WeightMismatchError
-from twinkle_callbacks.worker.stage import Stage
+from twinkle_callbacks.buckets.digest import StreamDigest
+from twinkle_callbacks.buckets.packing import as_bytes, memory
+from twinkle_callbacks.errors import DigestMismatchError, WeightMismatchError
+from twinkle_callbacks.worker.stage import DIGESTED_TOGETHER, Stage
 
 
 def test_what_was_announced_is_taken_once_and_the_rest_is_missing() -> None:
@@ -36,3 +38,20 @@ def test_whole_weights_are_taken_as_they_come() -> None:
     stage = Stage(verify=False)
     stage.add("a", torch.zeros(2, 3))
     assert stage.missing() == []
+
+
+@pytest.mark.parametrize("count", [1, DIGESTED_TOGETHER - 1, DIGESTED_TOGETHER, 2 * DIGESTED_TOGETHER + 3])
+def test_digests_are_of_all_tensors_in_their_order_whether_they_stay_or_are_copied(count: int) -> None:
+    tensors = {f"t{i}": torch.full((3,), i) for i in range(count)}
+    sent = StreamDigest()
+    sent.add_tensors(tensors, [memory(as_bytes(tensor)) for tensor in tensors.values()])
+    stage = Stage(verify=True)
+    for i, (name, tensor) in enumerate(tensors.items()):
+        stage.add(name, tensor, stays=i % 5 != 4)
+    assert stage.verify(sent.pack()) == sent.hexdigest()
+
+    stage = Stage(verify=True)
+    for name, tensor in tensors.items():
+        stage.add(name, tensor + (name == f"t{count - 1}"), stays=True)
+    with pytest.raises(DigestMismatchError, match=f"t{count - 1}"):
+        stage.verify(sent.pack())

@@ -15,6 +15,9 @@ from twinkle_callbacks.buckets.packing import copyable, dtype_name
 from twinkle_callbacks.errors import DigestMismatchError, WeightMismatchError
 from twinkle_callbacks.worker.recorded import Layouts
 
+DIGESTED_TOGETHER = 128
+"""Tensors that stay, of which the digests are computed by one kernel on a GPU."""
+
 
 class Stage:
     """Tensors of one push in the order in which they came. Owned by one thread at a time.
