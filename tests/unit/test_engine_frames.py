@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import tracemalloc
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tests.unit.engine_streams import DTYPES, LAYOUTS, Recipe, lay_out, make_str
 from tests.unit.engine_streams import stream_series as series_of_streams
 from twinkle_callbacks.buckets import frames
 from twinkle_callbacks.buckets.layout import align
+from twinkle_callbacks.engines import sender
 from twinkle_callbacks.engines.receiver import FrameReceiver
 from twinkle_callbacks.engines.sender import FrameSender
 
@@ -27,11 +29,17 @@ class Link:
     """A sender and a receiver that live through several streams."""
 
     def __init__(
-        self, bucket: int = BUCKET, piece: int = frames.PIECE_BYTES, verify: tuple[bool, bool] = (True, True)
+        self,
+        bucket: int = BUCKET,
+        piece: int = frames.PIECE_BYTES,
+        verify: tuple[bool, bool] = (True, True),
+        cached: int = sender._CACHED_BYTES,
     ) -> None:
         self.piece = piece
         self.wire: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.sender = FrameSender(LoopbackBackend(0, self.wire), bucket, verify=verify[0])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sender, "_CACHED_BYTES", cached)
+            self.sender = FrameSender(LoopbackBackend(0, self.wire), bucket, verify=verify[0])
         self.receiver = FrameReceiver(LoopbackBackend(1, self.wire), bucket, verify=verify[1])
 
     def receive(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -53,11 +61,12 @@ class Link:
     bucket=st.sampled_from([512, 1024, 4096]),
     piece=st.sampled_from([512, 1000, 1 << 20]),
     verify=st.tuples(st.booleans(), st.booleans()),
+    cached=st.sampled_from([64, 1000, 1 << 20]),
 )
 def test_every_stream_of_a_series_arrives_bit_for_bit(
-    series: list[list[tuple[Recipe, int]]], bucket: int, piece: int, verify: tuple[bool, bool]
+    series: list[list[tuple[Recipe, int]]], bucket: int, piece: int, verify: tuple[bool, bool], cached: int
 ) -> None:
-    link = Link(bucket, piece, verify)
+    link = Link(bucket, piece, verify, cached)
     for recipes in series:
         stream = make_stream(recipes)
         assert link.carry(stream) == picture(stream)
@@ -131,15 +140,16 @@ def test_tensors_of_one_bucket_stay_intact_while_the_next_bucket_comes_in() -> N
 LIKE = [(f"t{i}", random_tensor(torch.float32, (100,), i)) for i in range(9)]
 
 
+@pytest.mark.parametrize("cached", [64, 1 << 20])
 @pytest.mark.parametrize("piece", [512, 1 << 20])
 @pytest.mark.parametrize("kept", range(10))
 @pytest.mark.parametrize(
     "then", [[], [("new", torch.ones(3))], [("new", torch.ones(700)), ("x", torch.ones(2))]], ids=len
 )
 def test_stream_that_goes_on_otherwise_than_announced_arrives_as_it_is(
-    kept: int, then: NamedTensors, piece: int
+    kept: int, then: NamedTensors, piece: int, cached: int
 ) -> None:
-    link = Link(2048, piece)
+    link = Link(2048, piece, cached=cached)
     link.carry(LIKE)
     for stream in (LIKE[:kept] + then, LIKE[:kept] + then, LIKE, LIKE):
         assert link.carry(stream) == picture(stream)
@@ -172,8 +182,8 @@ def test_digest_does_not_depend_on_buckets_or_on_the_way_tensors_travel() -> Non
     stream = [(f"t{i}", random_tensor(torch.bfloat16, (size,), i)) for i, size in enumerate([3, 0, 700, 5000, 1])]
     digests = set()
     for bucket in (512, 1024, 65536):
-        for piece in (512, 1 << 20):
-            link = Link(bucket, piece)
+        for piece, cached in itertools.product((512, 1 << 20), (64, 1 << 20)):
+            link = Link(bucket, piece, cached=cached)
             link.carry(stream)
             digests.add((link.stats.digest, link.stats.digests, link.receiver.digest.hexdigest()))
     assert len(digests) == 1
