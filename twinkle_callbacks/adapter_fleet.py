@@ -150,6 +150,7 @@ class AdapterFleet(Fleet):
             logger.info("%s; the base is sent once", text)
 
     def _begin(self, replica: Replica) -> None:
+        self._resume(replica)  # one that sleeps has no memory for adapters
         self._call(replica, RECEIVE, number=self._push_number, path=str(self._path))
 
     def begin(self, version: int) -> None:

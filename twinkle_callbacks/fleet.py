@@ -283,7 +283,7 @@ class Fleet:
         return ReplicaReport(replica.name, self._version, staged.digest, staged.tensors, seconds)
 
     def _resume(self, replica: Replica) -> None:
-        if replica.paused:
+        if replica.paused or replica.rollout.held:
             replica.rollout.resume()
             replica.paused = False
 

@@ -295,10 +295,8 @@ class WeightSynchronizer:
     def _take_through(self, version: int) -> SyncReport:
         """All phases of a push; the seconds are those of rank 0."""
         began = time.perf_counter()
-        with ThreadPoolExecutor(1, thread_name_prefix="twinkle-check") as beside:
-            checking = beside.submit(self._source.check)  # while rollouts answer, which takes as long
-            self._group.on_leader(lambda: self._leading.begin(version), phase="start")
-            self._group.agreed(checking.result, phase="start")
+        self._group.agreed(self._source.check, phase="start")
+        self._group.on_leader(lambda: self._leading.begin(version), phase="start")
         sending = time.perf_counter()
         failure = self._send()
         stats = self._group.on_leader(lambda: self._finish_sending(failure), phase="transfer")

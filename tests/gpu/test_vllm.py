@@ -123,7 +123,8 @@ def test_push_into_an_engine_that_sleeps_unknown_to_it_is_refused(sleepy: Served
         train(policy, 0)
         with pytest.raises(TwinkleError, match="vLLM sleeps"):
             sync.push(version=2)
-        sleepy.llm.wake_up()
+        sleepy.llm.wake_up(tags=["weights"])
+        sleepy.llm.wake_up(tags=["kv_cache"])
         assert_same(answers(sleepy.llm), references.first)
 
 

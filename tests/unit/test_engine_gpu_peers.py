@@ -1,7 +1,8 @@
-"""What the engines of GPUs refuse before they ask CUDA or NCCL, told from where each rank is."""
+"""What the engines of GPUs refuse before they ask CUDA or NCCL, told from where each rank is; and how NCCL is left."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -9,10 +10,11 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
+from tests.unit.engine_loopback import LoopbackBackend, joined
 from twinkle_callbacks.engines.ipc import _refuse_other_gpus
-from twinkle_callbacks.engines.nccl import _check_peers
+from twinkle_callbacks.engines.nccl import NCCLBackend, _check_peers
 from twinkle_callbacks.engines.whereabouts import Whereabouts, exchange
-from twinkle_callbacks.errors import ConfigError, DeadlineError
+from twinkle_callbacks.errors import ConfigError, DeadlineError, EngineError
 
 
 def rank_on(gpu: str, host: str = "here", nccl: int = 22809) -> Whereabouts:
@@ -51,3 +53,21 @@ def test_all_ranks_hear_where_the_others_are() -> None:
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda rank: exchange(store, rank, 2), (1, 0)))
     assert found == [[Whereabouts.of_this_process()] * 2] * 2
+
+
+def test_a_call_of_nccl_that_waits_for_a_peer_ends_when_its_side_leaves() -> None:
+    backend = NCCLBackend.__new__(NCCLBackend)  # its own start needs a GPU
+    backend._is_left, backend._timeout_s, backend._communicator = False, 60.0, ctypes.c_void_p()
+    with ThreadPoolExecutor(1) as engine:
+        waiting = engine.submit(backend.wait_until, lambda: False, "end a broadcast")
+        backend.interrupt()
+        with pytest.raises(EngineError, match="this side left while NCCL was to end a broadcast"):
+            waiting.result(10)
+
+
+def test_finalize_interrupts_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted: list[int] = []
+    monkeypatch.setattr(LoopbackBackend, "interrupt", lambda self: interrupted.append(self.rank))
+    with joined():
+        assert interrupted == []
+    assert interrupted == [0, 1]

@@ -13,6 +13,7 @@ from twinkle_callbacks import adapter_versions
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.errors import ConfigError, RolloutError
 from twinkle_callbacks.rollouts import LocalRollout
+from twinkle_callbacks.worker.messages import ABORT, RECEIVE
 
 
 class Version:
@@ -89,44 +90,73 @@ def test_a_version_that_ends_on_another_thread_is_forgotten_by_the_next_call(llm
 
 
 class SleepyLLM:
-    """In place of `vllm.LLM`: notes what it is asked."""
+    """In place of `vllm.LLM`: notes what it is asked, and refuses what `refuses` names."""
 
-    def __init__(self, *, enable_sleep_mode: bool = True) -> None:
+    def __init__(self, *, enable_sleep_mode: bool = True, with_lora: bool = False) -> None:
         self.llm_engine = Engine()
         self.llm_engine.vllm_config.model_config.enable_sleep_mode = enable_sleep_mode
+        if not with_lora:
+            self.llm_engine.vllm_config.lora_config = None
         self.asked: list[str] = []
+        self.refuses = ""
+
+    def _note(self, what: str) -> None:
+        if what == self.refuses:
+            raise RuntimeError("no")
+        self.asked.append(what)
 
     def sleep(self, level: int) -> None:
-        self.asked.append(f"sleep {level}")
+        self._note(f"sleep {level}")
 
     def wake_up(self, tags: list[str]) -> None:
-        self.asked.append(f"wake {' '.join(tags)}")
+        self._note(f"wake {' '.join(tags)}")
 
     def start_weight_update(self) -> None:
-        self.asked.append("start")
+        self._note("start")
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        info = request["update_info"]
+        assert info["cache_may_sleep"]
+        self._note(info["action"])
 
     def finish_weight_update(self) -> None:
-        self.asked.append("finish")
+        self._note("finish")
+
+
+def receive(rollout: LocalRollout) -> None:
+    rollout.start()
+    rollout.update({"action": RECEIVE})
 
 
 def push(rollout: LocalRollout) -> None:
     """What a push that succeeds asks of a rollout."""
-    rollout.start()
+    receive(rollout)
     rollout.pause("keep", clear_cache=True)
     rollout.finish()
     rollout.set_version(1)
     rollout.resume()
 
 
+def give_up(rollout: LocalRollout, *, may_serve: bool = True) -> None:
+    """What a synchronizer does after a failure."""
+    if may_serve and rollout.held:
+        rollout.resume()
+    rollout.update({"action": ABORT})
+    rollout.finish()
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_push_wakes_the_weights_before_it_and_the_cache_after_it(level: int) -> None:
     llm = SleepyLLM()
     rollout = LocalRollout(llm)
+    assert not rollout.held
     rollout.sleep(level)
+    assert rollout.held
     push(rollout)
-    assert llm.asked == [f"sleep {level}", "wake weights", "start", "finish", "wake kv_cache"]
+    assert llm.asked == [f"sleep {level}", "wake weights", "start", "receive", "finish", "wake kv_cache"]
+    assert not rollout.held
     push(rollout)
-    assert llm.asked[5:] == ["start", "finish"]
+    assert llm.asked[6:] == ["start", "receive", "finish"]
 
 
 def test_an_engine_that_kept_its_weights_wakes_without_a_push() -> None:
@@ -138,17 +168,76 @@ def test_an_engine_that_kept_its_weights_wakes_without_a_push() -> None:
     assert llm.asked == ["sleep 1", "wake weights", "wake kv_cache"]
 
 
+def test_a_push_that_fails_wakes_an_engine_that_kept_its_weights() -> None:
+    llm = SleepyLLM()
+    rollout = LocalRollout(llm)
+    rollout.sleep(level=1)
+    receive(rollout)
+    give_up(rollout)
+    assert llm.asked == ["sleep 1", "wake weights", "start", "receive", "wake kv_cache", "abort", "finish"]
+    rollout.sleep(level=1)
+    assert llm.asked[7:] == ["sleep 1"]
+
+
 def test_an_engine_that_dropped_its_weights_stays_without_cache_until_a_push_succeeds() -> None:
     llm = SleepyLLM()
     rollout = LocalRollout(llm)
     rollout.sleep(level=2)
-    rollout.start()
-    rollout.resume()  # as after a commit that did not happen
+    receive(rollout)
+    give_up(rollout)
     with pytest.raises(RolloutError, match="dropped its weights"):
         rollout.wake_up()
     assert "wake kv_cache" not in llm.asked
+    rollout.sleep(level=1)  # for the next step; vLLM would not hear of it while a part of it sleeps
+    assert llm.asked[-2:] == ["wake kv_cache", "sleep 1"]
+    with pytest.raises(RolloutError, match="dropped its weights"):
+        rollout.wake_up()
     push(rollout)
     assert llm.asked[-1] == "wake kv_cache"
+
+
+def test_an_engine_whose_commit_broke_off_is_not_woken_before_a_push_succeeds() -> None:
+    llm = SleepyLLM()
+    rollout = LocalRollout(llm)
+    rollout.sleep(level=1)
+    receive(rollout)
+    rollout.pause("keep", clear_cache=True)
+    rollout.finish()  # and its workers tell that they are not whole
+    with pytest.raises(RolloutError, match="a commit broke off"):
+        rollout.wake_up()
+    push(rollout)
+    assert llm.asked[-1] == "wake kv_cache"
+
+
+@pytest.mark.parametrize("refused", ["sleep 2", "finish"])
+def test_what_vllm_refused_changes_nothing(refused: str) -> None:
+    llm = SleepyLLM()
+    rollout = LocalRollout(llm)
+    llm.refuses = refused
+    with pytest.raises(RolloutError, match="no"):
+        rollout.sleep(level=2)
+        receive(rollout)
+        rollout.finish()
+    llm.refuses = ""
+    if refused == "sleep 2":
+        assert not rollout.held
+        rollout.wake_up()
+        rollout.sleep(level=2)
+    else:
+        with pytest.raises(RolloutError, match="dropped its weights"):
+            rollout.wake_up()
+
+
+def test_an_adapter_wakes_the_engine_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_versions, "_version_class", lambda: Version)
+    llm = SleepyLLM(with_lora=True)
+    rollout = LocalRollout(llm)
+    with pytest.raises(ConfigError, match="level=2 would drop the base"):
+        rollout.sleep(level=2)
+    rollout.sleep(level=1)
+    load(rollout)
+    assert llm.asked == ["sleep 1", "wake weights", "wake kv_cache"]
+    assert len(llm.llm_engine.added) == 1
 
 
 def test_sleep_is_refused_where_it_cannot_be() -> None:

@@ -111,6 +111,9 @@ class CollectiveBackend(ABC):
     def broadcast(self, buffer: torch.Tensor) -> Pending:
         """Starts sending `buffer` from rank 0 into the same slice on every other rank; `buffer` stays in use."""
 
+    def interrupt(self) -> None:  # noqa: B027  # most notice that peers are gone
+        """From any thread: the group is being left, so a call that waits for a peer need not wait for its deadline."""
+
     @abstractmethod
     def close(self) -> None:
         """Lets go of the group on this rank, after the call under way; peers see the connection close."""

@@ -271,6 +271,8 @@ class CollectiveCheckpointEngine(CheckpointEngine):
         if group.thread is None:
             group.leave()
         else:
+            if (backend := group.backend) is not None:
+                backend.interrupt()
             ended = EngineError(f"finalize() ended a call of engine {self.name} that was under way")
             group.thread.abandon(ended, group.leave, LEAVE_S)
 

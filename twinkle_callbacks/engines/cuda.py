@@ -94,8 +94,8 @@ def no_room(nbytes: int, error: Exception) -> EngineError:
     """What to say when there is no memory for a bucket."""
     free, total = torch.cuda.mem_get_info()
     return EngineError(
-        f"no memory for a bucket of {nbytes >> 20} MiB: {free >> 20} of {total >> 20} MiB are free on the GPU; make "
-        f"bucket_size_mb smaller ({type(error).__name__}: {text_of(error)})"
+        f"no memory for a bucket of {nbytes / (1 << 20):.1f} MiB: {free >> 20} of {total >> 20} MiB are free on the "
+        f"GPU; make bucket_size_mb smaller ({type(error).__name__}: {text_of(error)})"
     )
 
 

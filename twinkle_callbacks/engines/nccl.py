@@ -38,7 +38,7 @@ class NCCLBackend(CollectiveBackend):
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._wire = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._communicator = ctypes.c_void_p()
-        self._is_broken = False
+        self._is_broken = self._is_left = False
         self._timeout_s = 0.0
 
     @classmethod
@@ -101,6 +101,9 @@ class NCCLBackend(CollectiveBackend):
         began = time.monotonic()
         while not is_done():
             waited = time.monotonic() - began
+            if self._is_left:
+                self.abort()  # or its kernel would stay on the GPU, and all that waits for the whole of that
+                raise EngineError(f"this side left while NCCL was to {doing}")
             if waited > self._timeout_s:
                 self.abort()
                 raise DeadlineError(
@@ -123,6 +126,9 @@ class NCCLBackend(CollectiveBackend):
         if state.value not in (_SUCCESS, _IN_PROGRESS):
             self.abort()
             raise EngineError(f"the connection to a peer broke in a broadcast: {_text(state.value)}")
+
+    def interrupt(self) -> None:
+        self._is_left = True
 
     def abort(self) -> None:
         """Ends all that is under way on this side; peers see the connection close."""

@@ -5,9 +5,9 @@ it is neither planned nor described again, and each of its buckets is announced 
 are ready for its pieces as they come. Both ends forget a layout when a stream ends that did not use it. Runs on the
 engine's thread.
 
-What was packed in host memory is digested a MiB at a time, while the CPU still has it in its cache: three times as fast
-as from memory, so more is left of the cores for the wire. Where receivers see the buckets themselves there is no wire,
-and packing is what everything waits for; digests are computed on a thread beside it then.
+What lay in host memory is packed and digested a MiB at a time, while the CPU still has it in its cache: three times as
+fast as from memory, so more is left of the cores for the wire. Where receivers see the buckets themselves there is no
+wire, and packing is what everything waits for; digests are computed on a thread beside it then.
 """
 
 from __future__ import annotations
@@ -261,8 +261,9 @@ class FrameSender:
         for entry, chunk in zip(step.entries, step.chunks, strict=True):
             self._enter(chunk)
             self._digest_steps(self._bucket)
-            for start in range(0, chunk.nbytes, self._digest_at_once_bytes):
-                self._pack_part(entry, source, start, min(start + self._digest_at_once_bytes, chunk.nbytes))
+            part = self._digest_at_once_bytes if source.device.type == "cpu" else chunk.nbytes
+            for start in range(0, chunk.nbytes, part):
+                self._pack_part(entry, source, start, min(start + part, chunk.nbytes))
             self._add(entry)
 
     def _pack_part(self, entry: Entry, source: torch.Tensor, start: int, end: int) -> None:

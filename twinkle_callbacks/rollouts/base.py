@@ -27,6 +27,11 @@ class Rollout(ABC):
     token: str | None = None
     timeout_s: float = 300.0
 
+    @property
+    def held(self) -> bool:
+        """Whether it generates nothing before `resume` although no push has paused it, such as one that sleeps."""
+        return False
+
     @abstractmethod
     def world_size(self) -> int:
         """Number of its workers: tensor x pipeline x data parallel. Also the first call, so it checks reachability."""

@@ -54,36 +54,54 @@ class LocalRollout(Rollout):
         self._adapters: dict[str, LoRARequest] = {}
         self._unused: deque[int] = deque()  # ids of versions that ended, on whatever thread that was
         self._asleep: set[str] = set()  # of vLLM's tags for memory
-        self._has_weights = True
+        self._dropped = self._torn = False  # its weights: by sleep; by a commit that may have broken off
+
+    @property
+    def held(self) -> bool:
+        return bool(self._asleep)
 
     def sleep(self, level: int = 1) -> None:
-        """Gives back the engine's GPU memory, until `wake_up` or the next push that succeeds.
+        """Gives back the engine's GPU memory, until `wake_up` or the next push.
+
+        A push that fails wakes it too, with the weights that it had; one that has none sleeps until a push succeeds.
 
         Args:
             level: 1 keeps the weights in host memory; 2 drops them, so that only a push can bring new ones.
 
         Raises:
-            ConfigError: another level, or the engine was made without `enable_sleep_mode=True`.
-            RolloutError: vLLM refused.
+            ConfigError: another level, 2 where adapters need the base, or an engine without `enable_sleep_mode=True`.
+            RolloutError: it sleeps, or vLLM refused.
         """
+        config = self.llm.llm_engine.vllm_config
         if level not in (1, 2):
             raise ConfigError(f"sleep: level={level!r}; 1 keeps the weights in host memory, 2 drops them")
-        if not self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+        if not config.model_config.enable_sleep_mode:
             raise ConfigError("sleep: make this LLM with vllm.LLM(..., enable_sleep_mode=True)")
-        if self._asleep:
+        if level == 2 and config.lora_config is not None:
+            raise ConfigError("sleep: level=2 would drop the base, which adapters need; use level=1")
+        if "weights" in self._asleep:
             raise RolloutError("sleep: the local vLLM sleeps already; wake it up first, or push")
-        self._asleep = {"weights", "kv_cache"}
-        self._has_weights = level == 1
-        self._call("sleep", level)
+        self._wake("kv_cache")  # or vLLM would not hear of it
+        before = self._asleep, self._dropped
+        self._asleep, self._dropped = {"weights", "kv_cache"}, self._dropped or level == 2
+        try:
+            self._call("sleep", level)
+        except (DeadlineError, RolloutUnreachableError):
+            raise  # nobody knows how far it came
+        except RolloutError:
+            self._asleep, self._dropped = before
+            raise
 
     def wake_up(self) -> None:
         """Lets the engine generate again with the weights that it had. Does nothing if it is awake.
 
         Raises:
-            RolloutError: it dropped them (level 2) and no push has brought others; or vLLM refused.
+            RolloutError: it has none, as it dropped them (level 2) or a commit broke off, and no push has brought
+                others; or vLLM refused.
         """
-        if not self._has_weights:
-            raise RolloutError("wake_up: the local vLLM dropped its weights (sleep level 2); push, which wakes it")
+        if self._asleep and (self._dropped or self._torn):
+            why = "dropped its weights (sleep level 2)" if self._dropped else "has weights of which a commit broke off"
+            raise RolloutError(f"wake_up: the local vLLM {why}; push, which wakes it")
         for memory in ("weights", "kv_cache"):
             self._wake(memory)
 
@@ -107,18 +125,20 @@ class LocalRollout(Rollout):
         self._call("start_weight_update")
 
     def update(self, info: dict[str, Any]) -> None:
-        self._call("update_weights", {"update_info": info})
+        self._call("update_weights", {"update_info": {**info, "cache_may_sleep": True}})
 
     def finish(self) -> None:
         self._call("finish_weight_update")
 
     def pause(self, mode: str, *, clear_cache: bool) -> None:
-        """Does nothing: between two calls of `LLM` no request is in flight."""
+        """Between two calls of `LLM` no request is in flight. From now on the weights may be half of one version."""
+        self._torn = True
 
     def resume(self) -> None:
-        """Wakes the cache of an engine that slept; one without weights goes on sleeping."""
-        if self._has_weights:
-            self._wake("kv_cache")
+        """Wakes an engine that slept; one that dropped its weights sleeps on until a push succeeds."""
+        self._torn = False
+        if not self._dropped:
+            self.wake_up()
 
     def reset_cache(self) -> None:
         # As vLLM's own pause over HTTP does, which an offline engine does not have.
@@ -128,7 +148,7 @@ class LocalRollout(Rollout):
             self._call("reset_mm_cache")
 
     def set_version(self, version: int) -> None:
-        self._version, self._has_weights = str(version), True
+        self._version, self._dropped, self._torn = str(version), False, False
         if hasattr(self.llm, "update_weight_version"):  # vLLM 0.26 has no versions in its offline engine
             self._call("update_weight_version", self._version)
 
@@ -140,6 +160,7 @@ class LocalRollout(Rollout):
         self._call("init_weight_transfer_engine", {"init_info": {"call": call}})
 
     def load_adapter(self, name: str, path: str) -> None:
+        self.wake_up()
         self._check_place(name)
         parsed = AdapterPath.parse(path) or AdapterPath.attached(path)
         version = new_version(name, next_id(), str(parsed), self._unused.append)

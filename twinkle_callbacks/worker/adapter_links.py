@@ -30,6 +30,7 @@ from twinkle_callbacks.worker.messages import (
     JoinRequest,
     LoRARuns,
 )
+from twinkle_callbacks.worker.sleep import WEIGHTS, require_awake
 from twinkle_callbacks.worker.stage import Stage
 
 logger = logging.getLogger("vllm.twinkle_callbacks")
@@ -158,6 +159,7 @@ class AdapterLinks:
             raise ConfigError(f"an adapter's trainer cannot ask for {call.action!r}")
 
     def _keep(self, link: Link, path: AdapterPath, stage: Stage) -> str:
+        require_awake(WEIGHTS)
         adapter = link.request.adapter
         assert adapter is not None
         assert self._store is not None, "or the link had been refused"

@@ -56,7 +56,7 @@ from twinkle_callbacks.worker.messages import (
 )
 from twinkle_callbacks.worker.ranks import agree, all_ranks_can
 from twinkle_callbacks.worker.recorded import Layouts, layouts_of
-from twinkle_callbacks.worker.sleep import require_awake
+from twinkle_callbacks.worker.sleep import CACHE, WEIGHTS, require_awake
 from twinkle_callbacks.worker.stage import Stage
 
 logger = logging.getLogger("vllm.twinkle_callbacks")  # a child of vLLM's logger, so that its configuration shows it
@@ -78,11 +78,13 @@ class InitInfo(WeightTransferInitInfo):
 class UpdateInfo(WeightTransferUpdateInfo):
     """Body of `update_weights`: start receiving push number `push`, check it, or abort the open session.
 
-    `unreadable` says why it is none of these, empty if it may be one.
+    `cache_may_sleep` says that the caller wakes the cache after the commit. `unreadable` says why it is none of these,
+    empty if it may be one.
     """
 
     action: str = RECEIVE
     push: int = 0
+    cache_may_sleep: bool = False
     unreadable: str = ""
 
 
@@ -102,6 +104,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._aborted = False
         self._intact = True
         self._push = 0
+        self._awake: tuple[str, ...] = (WEIGHTS, CACHE)  # what a commit needs
         self._staged: Future[Stage] | None = None
         self._check = LoadCheck(vllm_config)
         self._taken: Layouts = {}  # of the last commit: what comes alike fits
@@ -225,10 +228,11 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             logger.error("update_weights came before init_weight_transfer_engine; there is nobody to receive from")
         else:
             self._push = update_info.push
+            self._awake = (WEIGHTS,) if update_info.cache_may_sleep else (WEIGHTS, CACHE)
             self._staged = self._link.receive(update_info.push, self._keep)
 
     def _keep(self, stage: Stage) -> str:
-        require_awake()
+        require_awake(*self._awake)
         with_lora = self.vllm_config.lora_config is not None
         if with_lora:
             stage.digest_each()  # here, since nothing waits for this thread
@@ -284,7 +288,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if self._link is None:
                 raise EngineError("the trainer has left")
             stage = staged.result(self._link.request.timeout_s)
-            require_awake()
+            require_awake(*self._awake)
             if not stage.fits:
                 self._check(stage.tensors)
                 stage.fits = True
