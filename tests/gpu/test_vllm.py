@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.gpu.served import ENGINES, MIB, SEED, Memory, Served, make_policy, serve, synchronizer, train
-from tests.vllm.engines import Answers, answers, assert_same, release
+from tests.vllm.engines import Answers, answers, assert_same, make_llm, release
 from twinkle_callbacks.errors import TwinkleError
 from twinkle_callbacks.rollouts import LocalRollout
 
@@ -126,6 +126,22 @@ def test_push_into_an_engine_that_sleeps_unknown_to_it_is_refused(sleepy: Served
         sleepy.llm.wake_up(tags=["weights"])
         sleepy.llm.wake_up(tags=["kv_cache"])
         assert_same(answers(sleepy.llm), references.first)
+
+
+def test_engine_in_the_trainers_own_process_syncs_and_sleeps(
+    references: References, served_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    llm = make_llm(served_dir, synced=True, dtype="bfloat16", gpu_memory_utilization=0.05, enable_sleep_mode=True)
+    policy = make_policy(SEED)
+    rollout = LocalRollout(llm)
+    with synchronizer(policy, rollout, "ipc") as sync:
+        assert_same(answers(llm), references.first)
+        for step in range(SYNCS):
+            train(policy, step)
+        rollout.sleep(level=2)
+        sync.push(version=1)
+        assert_same(answers(llm), references.last)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
