@@ -6,6 +6,7 @@ alone would hang until the test's deadline.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import tempfile
@@ -240,6 +241,7 @@ CASES: dict[str, Callable[[], None]] = {
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     CASES[os.environ["CASE"]]()
+    gc.collect()  # a DDP that outlives its group may hang, see tests/vllm/sharded_trainer.py
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -5,6 +5,7 @@ Rank 0 leaves in $FOLDER the adapter's files, taken by the framework's own means
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 
@@ -17,9 +18,7 @@ from tests.vllm.adapters import adapted
 from twinkle_callbacks import WeightSynchronizer
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")  # those of the frameworks
-    dist.init_process_group("gloo")
+def push() -> None:
     torch.manual_seed(0)
     plain = adapted()
     torch.manual_seed(0)
@@ -34,6 +33,13 @@ def main() -> None:
     if dist.get_rank() == 0:
         plain.load_state_dict({name: full[name] for name in plain.state_dict()})
         plain.save_pretrained(os.environ["FOLDER"])
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # those of the frameworks
+    dist.init_process_group("gloo")
+    push()
+    gc.collect()  # a DDP that outlives its group may hang, see sharded_trainer.py
     dist.barrier()
     dist.destroy_process_group()
 
