@@ -30,7 +30,7 @@ class Engine:
         self.vllm_config = SimpleNamespace(
             weight_transfer_config=SimpleNamespace(backend="twinkle"),
             lora_config=SimpleNamespace(max_loras=4),
-            model_config=SimpleNamespace(served_model_name="base", enable_sleep_mode=True, is_multimodal_model=False),
+            model_config=SimpleNamespace(served_model_name="base"),
         )
         self.engine_core = SimpleNamespace()
         self.added: list[int] = []
@@ -137,9 +137,9 @@ def push(rollout: LocalRollout) -> None:
     rollout.resume()
 
 
-def give_up(rollout: LocalRollout, *, may_serve: bool = True) -> None:
-    """What a synchronizer does after a failure."""
-    if may_serve and rollout.held:
+def give_up(rollout: LocalRollout) -> None:
+    """What a synchronizer does after a failure that left the weights whole."""
+    if rollout.held:
         rollout.resume()
     rollout.update({"action": ABORT})
     rollout.finish()

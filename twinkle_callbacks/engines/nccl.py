@@ -18,8 +18,8 @@ import torch
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.collective import CollectiveCheckpointEngine
 from twinkle_callbacks.engines.cuda import require_device, torch_bucket
-from twinkle_callbacks.engines.whereabouts import Whereabouts, exchange
-from twinkle_callbacks.errors import ConfigError, DeadlineError, EngineError, text_of
+from twinkle_callbacks.engines.whereabouts import Whereabouts, exchange, told
+from twinkle_callbacks.errors import ConfigError, DeadlineError, EngineError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -53,7 +53,7 @@ class NCCLBackend(CollectiveBackend):
             _check(_library().ncclGetUniqueId(ctypes.byref(unique)), "make an id")
             store.set("nccl", bytes(unique))  # type: ignore[arg-type]  # takes bytes; its stub says str
         else:
-            unique = _UniqueId.from_buffer_copy(_told(store, "nccl", "the master did not start NCCL"))
+            unique = _UniqueId.from_buffer_copy(told(store, "nccl", "the master did not start NCCL"))
         config = _Config(size=ctypes.sizeof(_Config), magic=0xCAFEBEEF, version=21400, blocking=0)
         status = _library().ncclCommInitRankConfig(
             ctypes.byref(self._communicator), ctypes.c_int(world_size), unique, ctypes.c_int(rank), ctypes.byref(config)
@@ -202,13 +202,6 @@ def _check_peers(peers: list[Whereabouts], rank: int) -> None:
             raise ConfigError(
                 f"ranks {first} and {other} are on the same GPU ({peer.gpu}), which NCCL refuses; use engine='ipc'"
             )
-
-
-def _told(store: Store, key: str, otherwise: str) -> bytes:
-    try:
-        return bytes(store.get(key))
-    except RuntimeError as error:
-        raise DeadlineError(f"{otherwise}: {text_of(error)}") from error
 
 
 def _dotted(version: int) -> str:

@@ -57,11 +57,17 @@ def exchange(store: Store, rank: int, world_size: int) -> list[Whereabouts]:
     """
     mine = msgspec.msgpack.encode(Whereabouts.of_this_process())
     store.set(f"whereabouts/{rank}", mine)  # type: ignore[arg-type]  # takes bytes; its stub says str
-    found = []
-    for other in range(world_size):
-        try:
-            told = bytes(store.get(f"whereabouts/{other}"))
-        except RuntimeError as error:
-            raise DeadlineError(f"rank {other} did not tell where it is: {text_of(error)}") from error
-        found.append(msgspec.msgpack.decode(told, type=Whereabouts))
-    return found
+    answers = [told(store, f"whereabouts/{r}", f"rank {r} did not tell where it is") for r in range(world_size)]
+    return [msgspec.msgpack.decode(answer, type=Whereabouts) for answer in answers]
+
+
+def told(store: Store, key: str, otherwise: str) -> bytes:
+    """The value that another rank sets; waits for it.
+
+    Raises:
+        DeadlineError: it did not come within the store's timeout; begins with `otherwise`.
+    """
+    try:
+        return bytes(store.get(key))
+    except RuntimeError as error:
+        raise DeadlineError(f"{otherwise}: {text_of(error)}") from error
