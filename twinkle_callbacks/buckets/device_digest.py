@@ -35,6 +35,8 @@ class DeviceStreamDigest(StreamDigest):
         self._device = device
         self._sums: list[tuple[torch.Tensor, list[int]]] = []  # of each call: on the GPU, and where each counts
         self._lengths: list[int] = []
+        self._beside: torch.cuda.Stream | None = None  # for tensors that last
+        self._values_now: list[int] | None = None
 
     def add_tensors(self, names: Iterable[str], data: Iterable[Any]) -> None:
         parts: list[torch.Tensor] = list(data)
@@ -42,6 +44,13 @@ class DeviceStreamDigest(StreamDigest):
         self.names.extend(names)
         self._lengths.extend(part.nbytes for part in parts)
         self._add(parts, [0] * len(parts), list(range(first, first + len(parts))))
+
+    def add_lasting(self, names: Iterable[str], data: Iterable[Any]) -> None:
+        """Computes them beside the current stream: what is started there later need not wait."""
+        self._beside = self._beside or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # as torch has it
+        self._beside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._beside):
+            self.add_tensors(names, data)
 
     def add_chunk(self, name: str, data: Any, *, first: bool, last: bool) -> None:
         if first:
@@ -53,19 +62,28 @@ class DeviceStreamDigest(StreamDigest):
     def drop_last(self, count: int) -> None:
         if count:
             del self.names[-count:], self._lengths[-count:]
-            kept = len(self._lengths)
+            kept, self._values_now = len(self._lengths), None
             self._sums = [(sums, [slot if slot < kept else -1 for slot in slots]) for sums, slots in self._sums]
 
     def _add(self, parts: Sequence[torch.Tensor], starts: Sequence[int], slots: list[int]) -> None:
+        self._values_now = None
         if any(part.nbytes for part in parts):
             self._sums.append((word_sums(parts, starts, self._device), slots))
 
     @property
     def values(self) -> list[int]:
         """The digest of each tensor, in stream order; waits for the GPU."""
+        if self._values_now is None:
+            self._values_now = self._computed()
+        return self._values_now
+
+    def _computed(self) -> list[int]:
         totals = [length * 0x9E3779B97F4A7C15 for length in self._lengths]
-        for sums, slots in self._sums:
-            for slot, value in zip(slots, sums.tolist(), strict=True):
+        if self._sums:
+            if self._beside is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._beside)
+            slots = [slot for _, slots in self._sums for slot in slots]
+            for slot, value in zip(slots, torch.cat([sums for sums, _ in self._sums]).tolist(), strict=True):
                 if slot >= 0:
                     totals[slot] += value
         return [total & _MASK for total in totals]

@@ -40,6 +40,10 @@ class StreamDigest:
         self.names.extend(names)
         self._values.extend(map(xxhash.xxh3_64_intdigest, data))
 
+    def add_lasting(self, names: Iterable[str], data: Iterable[Any]) -> None:
+        """As `add_tensors`, of tensors that stay as they are until the values are asked for."""
+        self.add_tensors(names, data)
+
     def drop_last(self, count: int) -> None:
         """Takes the last `count` tensors back."""
         del self.names[-count:], self._values[-count:]

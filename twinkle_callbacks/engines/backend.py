@@ -87,14 +87,17 @@ class CollectiveBackend(ABC):
         """
 
     def begin_stream(self) -> None:  # noqa: B027  # as `release`
-        """On the master: a stream begins, and memory may have been freed since the last."""
+        """On the master: a stream begins, and memory may have been freed since the last.
+
+        Makes visible what was written, on whichever thread, to memory that receivers see.
+        """
 
     def place_of(self, tensor: torch.Tensor) -> Place | None:
         """On the master: where receivers can see this tensor itself; None if they cannot."""
         return None
 
     def filled(self) -> None:  # noqa: B027  # as `release`
-        """On the master: makes what was written to memory that receivers see visible to them."""
+        """On the master: makes visible what this thread wrote since the stream began."""
 
     def view(self, place: Place, nbytes: int) -> torch.Tensor:
         """On a receiver: the bytes at a place, as a flat uint8 tensor.

@@ -65,7 +65,7 @@ class IPCBackend(MappedBackend):
         return self._mapping(ticket).tensor[:nbytes]
 
     def filled(self) -> None:
-        torch.cuda.synchronize(self._device)
+        torch.cuda.current_stream(self._device).synchronize()
 
     def consumed(self) -> None:
         torch.cuda.current_stream(self._device).synchronize()
@@ -75,6 +75,7 @@ class IPCBackend(MappedBackend):
         super().release(side)
 
     def begin_stream(self) -> None:
+        torch.cuda.synchronize(self._device)  # whatever the trainer began, on whichever stream, is written
         freed = torch.cuda.memory_stats(self._device).get("num_device_free")
         if freed is None or freed != self._freed:  # an address may stand for other memory by now
             self._places, self._freed = {}, freed

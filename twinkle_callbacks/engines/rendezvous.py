@@ -272,8 +272,7 @@ class Rendezvous:
         if not names:
             return []
         try:
-            self._store.wait(names, timedelta(seconds=self._timeout_s))
-            return list(self._store.multi_get(names))
+            return list(self._store.multi_get(names))  # which waits for them, as long as the store was told
         except RuntimeError as error:
             try:
                 missing = [key for key, name in zip(keys, names, strict=True) if not self._store.check([name])]

@@ -28,8 +28,6 @@ from twinkle_callbacks.buckets.frames import (
     Entry,
     Failure,
     Kind,
-    Mapped,
-    MappedEntry,
     blocks,
     encode,
     layout_hash,
@@ -37,11 +35,13 @@ from twinkle_callbacks.buckets.frames import (
 )
 from twinkle_callbacks.buckets.layout import BucketPlanner, Chunk
 from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory, view_at
-from twinkle_callbacks.engines.backend import CollectiveBackend, Pending, Place
+from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.base import SendStats
+from twinkle_callbacks.engines.mapped_frames import LyingTensor, MappedFrames
 from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
 
 _CACHED_BYTES = 1 << 20
+_MAPPED_TOGETHER = 128  # tensors in one MAPPED frame: receivers look at them while the next are drawn
 
 
 class _Step(NamedTuple):
@@ -103,9 +103,9 @@ class FrameSender:
         self._used_layouts: set[bytes] = set()
         self._sequence = 0
         self._source_s = 0.0
-        self._mapped: list[tuple[torch.Tensor, str, Place]] = []  # to be told of in the next MAPPED frame
+        self._mapped: list[LyingTensor] = []  # to be told of in the next MAPPED frame
         self._kept: list[torch.Tensor] = []  # receivers may be looking at them
-        self._told_before: tuple[list[Any], bytes, bytes] = [], b"", b""  # in the last MAPPED frame: header, layout
+        self._mapped_frames = MappedFrames()
         self.source_failed = False
         on_host = verify and self._device.type == "cpu"  # a GPU computes beside this thread anyway
         apart = on_host and backend.shares
@@ -133,6 +133,7 @@ class FrameSender:
         self._payload_bytes = 0
         self._source_s, self.source_failed = 0.0, False
         self._mapped, self._kept = [], []
+        self._mapped_frames.begin_stream()
         self._backend.begin_stream()
         tensors = packed = 0
         try:
@@ -150,6 +151,8 @@ class FrameSender:
                     if self._bucket.entries:
                         self._flush(self._bucket.number + 1)
                     self._mapped.append((tensor, name, place))
+                    if len(self._mapped) == _MAPPED_TOGETHER:
+                        self._tell_mapped()
                 tensors += 1
             self._forget(packed)
             self._flush(self._bucket.number + 1)
@@ -224,11 +227,7 @@ class FrameSender:
         mapped, self._mapped = self._mapped, []
         if not mapped:
             return
-        picture = [(name, tensor.dtype, tensor.shape, place) for tensor, name, place in mapped]
-        if picture != self._told_before[0]:
-            header = _mapped_header(mapped)
-            self._told_before = picture, header, layout_hash(header)
-        _, header, layout = self._told_before
+        header, layout = self._mapped_frames.next(mapped)
         known = layout in self._known_layouts or layout in self._used_layouts
         self._used_layouts.add(layout)
         tensors = [tensor for tensor, _, _ in mapped]
@@ -239,7 +238,7 @@ class FrameSender:
         told = b"" if known else header
         self._start_frame(Control(Kind.MAPPED, self._sequence, len(told), nbytes, layout), told)
         if self._verify:
-            self._digest.add_tensors([name for _, name, _ in mapped], [digestible(each) for each in tensors])
+            self._digest.add_lasting([name for _, name, _ in mapped], [digestible(each) for each in tensors])
 
     def _send_tensor(self, step: _Step, tensor: torch.Tensor) -> None:
         if step.view is None or self._is_digested_in_parts(step, tensor):
@@ -388,13 +387,3 @@ class FrameSender:
     def _drain(self) -> None:
         self._wait(0)
         self._wait(1)
-
-
-def _mapped_header(mapped: list[tuple[torch.Tensor, str, Place]]) -> bytes:
-    tickets = list(dict.fromkeys(place.ticket for _, _, place in mapped))
-    numbers = {ticket: number for number, ticket in enumerate(tickets)}
-    entries = [
-        MappedEntry(name, dtype_name(tensor.dtype), tuple(tensor.shape), numbers[place.ticket], place.offset)
-        for tensor, name, place in mapped
-    ]
-    return encode(Mapped(tickets, entries))

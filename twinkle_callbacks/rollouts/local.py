@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.adapter_versions import new_version, next_id
 from twinkle_callbacks.config import BACKEND
+from twinkle_callbacks.engines.thread import EngineThread
 from twinkle_callbacks.errors import ConfigError, DeadlineError, RolloutError, RolloutUnreachableError, TwinkleError
 from twinkle_callbacks.rollouts.base import Rollout
 
@@ -39,6 +39,8 @@ class LocalRollout(Rollout):
     Raises:
         ConfigError: it was made without the backend `twinkle`.
     """
+
+    _thread: EngineThread | None = None  # that waits for an engine with a process of its own
 
     def __init__(self, llm: Any) -> None:
         config = llm.llm_engine.vllm_config.weight_transfer_config
@@ -215,7 +217,13 @@ class LocalRollout(Rollout):
         return self._adapters[name]
 
     def close(self) -> None:
-        """Does nothing: the engine belongs to the caller."""
+        """Leaves the engine as it is: it belongs to the caller."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.abandon(RolloutError("the local rollout was closed"), _nothing, 0.0)
+
+    def __del__(self) -> None:
+        self.close()
 
     def _call(self, method: str, *args: Any) -> Any:
         try:
@@ -230,19 +238,18 @@ class LocalRollout(Rollout):
         resources = getattr(self.llm.llm_engine.engine_core, "resources", None)
         if resources is None:  # the engine is in this process
             return call()
-        outcome: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(call())
-            except BaseException as error:  # handed to the caller
-                outcome.set_exception(error)
-
-        threading.Thread(target=run, name=f"twinkle-{method}", daemon=True).start()
+        self._thread = self._thread or EngineThread("twinkle-llm")
+        outcome = self._thread.submit(call)
         deadline = time.monotonic() + self.timeout_s
         while not wait([outcome], LIVENESS_S).done:
             if resources.engine_dead and not wait([outcome], LIVENESS_S).done:
+                self.close()
                 raise RolloutUnreachableError(f"the engine process of the local vLLM ended during {method}")
             if time.monotonic() > deadline:
+                self.close()
                 raise DeadlineError(f"the local vLLM did not answer {method} within {self.timeout_s:g} s")
         return outcome.result()
+
+
+def _nothing() -> None:
+    """Ends a thread that has nothing to let go of."""

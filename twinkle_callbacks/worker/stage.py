@@ -60,16 +60,18 @@ class Stage:
                 self._digest_rest()
             return
         self._digest_rest()
-        self._add_digests([(name, tensor if tensor.is_cuda else staged)])
+        given = tensor if tensor.is_cuda else staged
+        self._digest_on(given.device).add_tensors([name], [digestible(given)])
 
     def _digest_rest(self) -> None:
         undigested, self._undigested = self._undigested, []
         if undigested:
-            self._add_digests(undigested)
+            names, tensors = zip(*undigested, strict=True)
+            self._digest_on(tensors[0].device).add_lasting(names, map(digestible, tensors))
 
-    def _add_digests(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        self._digest = self._digest or digest_for(tensors[0][1].device)
-        self._digest.add_tensors([name for name, _ in tensors], [digestible(tensor) for _, tensor in tensors])
+    def _digest_on(self, device: torch.device) -> StreamDigest:
+        self._digest = self._digest or digest_for(device)
+        return self._digest
 
     def _refuse_unannounced(self, announced: Mapping[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> None:
         if name in self.tensors:
@@ -103,13 +105,13 @@ class Stage:
         if not self._verify:
             return ""
         self._digest_rest()
-        self._digest = self._digest or StreamDigest()
-        differing = self._digest.differing(sent_digests)
+        digest = self._digest_on(torch.device("cpu"))  # unless there is one: nothing was sent
+        differing = digest.differing(sent_digests)
         if differing:
             raise DigestMismatchError(
                 f"{len(differing)} of {len(self.tensors)} staged tensors are not what was sent: {first_few(differing)}"
             )
-        return self._digest.hexdigest()
+        return digest.hexdigest()
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
