@@ -85,7 +85,7 @@ class Committer:
     def _try_to_record(self, tensors: Tensors, layouts: Layouts) -> None:
         try:
             with torch.device(self._device):
-                self._record = RecordedCopies.record(self._model, tensors, self._digest)
+                self._record = RecordedCopies.record(self._model, tensors, self._digest, layouts)
         except Exception as error:  # a loader's own, or what the watching or the replay found
             self._refused = layouts
             self._tell(f"commits go through vLLM's loader: {str(error) or type(error).__name__}")

@@ -87,7 +87,9 @@ class RecordedCopies:
         self._places, self._layouts, self._writes = places, layouts, writes
 
     @classmethod
-    def record(cls, model: Any, tensors: Tensors, digest: Digest = host_digest) -> RecordedCopies:
+    def record(
+        cls, model: Any, tensors: Tensors, digest: Digest = host_digest, layouts: Layouts | None = None
+    ) -> RecordedCopies:
         """Loads `tensors` again, right after a commit of the same through the loader.
 
         The record returned has proved itself: its replay restored, bit for bit, what the commit had left.
@@ -96,6 +98,7 @@ class RecordedCopies:
             model: loads as vLLM's models do.
             tensors: what was committed.
             digest: of one tensor, wherever it lives, sensitive to the order of its elements.
+            layouts: of the tensors, if known.
 
         Raises:
             NotRecordedError: the load is more than copies, or their replay gives something else.
@@ -110,7 +113,7 @@ class RecordedCopies:
                 raise NotRecordedError("the loader wrote nothing")
             _check_same(places, list(_places(model)))
             _compare("a load without a reload leaves other values", expected, _digests(places, digest))
-            record = cls(places, layouts_of(tensors), Writes(recorder.writes, tensors))
+            record = cls(places, layouts_of(tensors) if layouts is None else layouts, Writes(recorder.writes, tensors))
             record._spoil()
             record.replay(tensors)
             _compare("repeating the copies leaves other values", expected, _digests(places, digest))
@@ -122,7 +125,7 @@ class RecordedCopies:
 
     def fits(self, layouts: Layouts) -> str:
         """Why tensors of these layouts cannot be replayed into this model; empty if they can."""
-        if layouts != self._layouts:
+        if layouts is not self._layouts and layouts != self._layouts:  # the former takes no time
             names = self._layouts.keys() | layouts.keys()
             other = sorted(name for name in names if self._layouts.get(name) != layouts.get(name))
             return f"other names, shapes, dtypes, strides or devices: {first_few(other)}"
