@@ -175,7 +175,7 @@ class Fleet:
             if runs.quantization is not None:
                 raise RolloutError(
                     f"{replica.name} runs a model quantized with {runs.quantization}, which this version cannot sync; "
-                    f"start the server without --quantization"
+                    f"start the server on a checkpoint that is not quantized, with --quantization fp8 or without"
                 )
             if _shape(runs) != _shape(first.joined[0]):
                 raise RolloutError(

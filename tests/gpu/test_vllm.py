@@ -91,6 +91,27 @@ def test_fifty_syncs_with_generation_between_take_no_more_than_fifteen(
     assert torch.cuda.memory_allocated() - held < MIB, "the engine's buffers are still there"
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("qwen3_moe", {}), ("qwen3", {"quantization": "fp8"})], ids=["experts", "online fp8"]
+)
+def test_layers_that_compute_with_other_tensors_answer_as_after_a_fresh_load(
+    kind: str, settings: dict[str, str], tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        make_policy(seed, kind).save_pretrained(tmp_path / str(seed))
+    expected = answers(serve(tmp_path / "1", synced=False, **settings).llm)
+    served = serve(tmp_path / "0", synced=True, **settings)
+    assert [tokens for tokens, _ in answers(served.llm)] != [tokens for tokens, _ in expected]
+    policy = make_policy(1, kind)
+    with synchronizer(policy, LocalRollout(served.llm), "ipc") as sync:
+        assert_same(answers(served.llm), expected)
+        for version, seed in enumerate((2, 3, 1)):
+            policy.load_state_dict(make_policy(seed, kind).state_dict())
+            sync.push(version=version)
+        assert_same(answers(served.llm), expected)
+        assert served.ask("commit_way") == "loader"
+
+
 @pytest.fixture(scope="module")
 def sleepy(references: References, served_dir: Path) -> Iterator[Served]:
     """One engine for all tests in which it sleeps."""

@@ -54,6 +54,7 @@ from twinkle_callbacks.worker.messages import (
     JoinRequest,
     LoRARuns,
 )
+from twinkle_callbacks.worker.quantization import obstructive
 from twinkle_callbacks.worker.ranks import agree, all_ranks_can
 from twinkle_callbacks.worker.recorded import Layouts, layouts_of
 from twinkle_callbacks.worker.sleep import CACHE, WEIGHTS, require_awake
@@ -197,7 +198,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             vocab_size=int(config.get_vocab_size()),
             dtype=str(config.dtype).removeprefix("torch."),
             lora=lora,
-            quantization=None if config.quantization is None else str(config.quantization),
+            quantization=obstructive(config),
             in_update=self._in_update,
             vllm=vllm.__version__,
             intact=self._intact,

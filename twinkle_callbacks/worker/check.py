@@ -24,6 +24,7 @@ from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.buckets.layout import TensorSpec
 from twinkle_callbacks.buckets.packing import dtype_name, dtype_of
 from twinkle_callbacks.errors import WeightMismatchError
+from twinkle_callbacks.worker.quantization import is_online
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -171,7 +172,10 @@ def _meta_tensors(specs: Iterable[TensorSpec]) -> Iterator[tuple[str, torch.Tens
 
 @contextmanager
 def _shadow_model(vllm_config: VllmConfig) -> Iterator[Any]:
-    """A second instance of the model with all parameters on meta, in the loader's layout."""
+    """A second instance of the model with all parameters on meta, in the loader's layout.
+
+    One that vLLM quantizes online has the layout of the plain model, and quantizing does not run on meta.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -182,5 +186,7 @@ def _shadow_model(vllm_config: VllmConfig) -> Iterator[Any]:
     if hasattr(compilation, "static_all_moe_layers"):
         compilation.static_all_moe_layers = []
     config.compilation_config = compilation
+    if is_online(config.model_config):
+        config.quant_config = None
     with set_current_vllm_config(config), torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
         yield initialize_model(config)

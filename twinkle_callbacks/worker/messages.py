@@ -183,7 +183,8 @@ class Joined(msgspec.Struct, frozen=True):
     """What a worker runs, or why it cannot join.
 
     `in_update` tells that an earlier trainer left an update open, `intact` whether the model's weights are whole, that
-    is that no commit broke off since the last one that did not. `lora` is None where LoRA is off.
+    is that no commit broke off since the last one that did not. `lora` is None where LoRA is off. `quantization` names
+    one that cannot be synced.
     """
 
     model: str
