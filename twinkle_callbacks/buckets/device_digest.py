@@ -10,6 +10,7 @@ corruption, not an attacker.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class DeviceStreamDigest(StreamDigest):
 
     def add_lasting(self, names: Iterable[str], data: Iterable[Any]) -> None:
         """Computes them beside the current stream: what is started there later need not wait."""
-        self._beside = self._beside or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # as torch has it
+        self._beside = _stream_beside(self._device)
         self._beside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._beside):
             self.add_tensors(names, data)
@@ -87,6 +88,12 @@ class DeviceStreamDigest(StreamDigest):
                 if slot >= 0:
                     totals[slot] += value
         return [total & _MASK for total in totals]
+
+
+@lru_cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """One for all digests: each stream that ever allocates keeps memory of its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # as torch has it
 
 
 def digest_for(device: torch.device) -> StreamDigest:
