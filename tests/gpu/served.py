@@ -85,9 +85,9 @@ def synchronizer(policy: torch.nn.Module, rollout: LocalRollout, engine: str, **
     return WeightSynchronizer(policy, rollouts=rollout, engine=engine, **settings)
 
 
-def make_policy(seed: int) -> torch.nn.Module:
-    """A Qwen3 of two layers; its norms are small enough to share a block of torch's memory with each other."""
-    policy: torch.nn.Module = build("qwen3", seed=seed, head_dim=64).to(DEVICE, torch.bfloat16)
+def make_policy(seed: int, kind: str = "qwen3") -> torch.nn.Module:
+    """A model of two layers; its norms are small enough to share a block of torch's memory with each other."""
+    policy: torch.nn.Module = build(kind, seed=seed, head_dim=64).to(DEVICE, torch.bfloat16)
     return policy
 
 

@@ -83,7 +83,7 @@ def test_a_layer_inside_one_that_is_not_recorded_is_its_part() -> None:
     model.attention, model.last = outer, processing("Other", torch.nn.Module)
     model.again = outer.inner
     assert found(model) == [("attention", "MLAAttention"), ("last", "Other")]
-    assert counted(unfit_layers(model)) == "2 layers (1 MLAAttention, 1 Other)"
+    assert counted(unfit_layers(model)) == "1 MLAAttention, 1 Other"
 
 
 def test_a_model_may_be_one_such_layer() -> None:

@@ -96,7 +96,8 @@ def test_layers_that_are_not_reloaded_stay_where_and_as_they_are(model: PartlyFi
     model.load = watching  # type: ignore[method-assign]
     tensors = [(name, weights(1)[name]) for name in LOADED]
     commit(model, Config, tensors, CPU, [model.packed, model.attention])
-    assert seen and all(seen)
+    assert seen
+    assert all(seen)
     mixed = weights(9) | dict(tensors)
     assert values(model) == values(loaded_as(PartlyFit, mixed))
 

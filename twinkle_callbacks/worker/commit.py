@@ -113,9 +113,9 @@ class Committer:
             return None
         with self._shadow() as shadow:
             routes = find_routes(shadow, [layer.name for layer in unfit], layouts)
-        derive = f"{layers.counted(unfit)} that may derive something from weights after loading"
+        derive = f"layers that may derive something from weights after loading: {layers.counted(unfit)}"
         if not routes.past:
-            raise NotRecordedError(f"no tensor goes past {derive}")
+            raise NotRecordedError(f"all tensors are for {derive}")
         reason = f"{len(routes.into)} of {len(layouts)} tensors go through vLLM's loader, for {derive}"
         return Rest(routes.into, [layer.layer for layer in unfit], routes.filled, self._reload, reason)
 

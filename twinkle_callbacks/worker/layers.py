@@ -59,9 +59,8 @@ def unfit_layers(model: Any) -> list[UnfitLayer]:
 
 
 def counted(layers: Sequence[UnfitLayer]) -> str:
-    """`2 layers (1 Fp8LinearMethod, 1 MLAAttention)`, for messages."""
-    classes = Counter(layer.deriving for layer in layers)
-    return f"{len(layers)} layers ({', '.join(f'{count} {name}' for name, count in classes.items())})"
+    """`48 UnquantizedFusedMoEMethod, 1 MLAAttention`, for messages."""
+    return ", ".join(f"{count} {name}" for name, count in Counter(layer.deriving for layer in layers).items())
 
 
 def _deriving_class(module: Any) -> str:

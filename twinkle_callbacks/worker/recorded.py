@@ -49,14 +49,14 @@ class Rest(NamedTuple):
     Attributes:
         names: of the tensors that are loaded.
         layers: that are reloaded, with all layers inside them.
-        refilled: which of their parameters those tensors fill, by title.
+        filled: titles of the parameters, of whatever layer, that a whole set of tensors fills entirely.
         reload: loads these tensors and reloads these layers, and leaves their tensors where they were.
         reason: why, for the log.
     """
 
     names: Sequence[str]
     layers: Sequence[torch.nn.Module]
-    refilled: frozenset[str]
+    filled: frozenset[str]
     reload: Callable[[Sequence[tuple[str, torch.Tensor]], Sequence[torch.nn.Module]], None]
     reason: str
 
@@ -100,7 +100,8 @@ class RecordedCopies:
         """
         places = list(_places(model))
         expected = _digests(places, digest)
-        copied = dict(tensors) if rest is None else {n: t for n, t in tensors.items() if n not in set(rest.names)}
+        loaded = set() if rest is None else set(rest.names)
+        copied = {name: tensor for name, tensor in tensors.items() if name not in loaded}
         try:
             with torch.no_grad(), _Recorder(places, copied, set() if rest is None else rest.storages()) as recorder:
                 model.load_weights(copied.items())
@@ -150,10 +151,10 @@ class RecordedCopies:
         return str(self._writes) if self._rest is None else f"{self._writes}; {self._rest.reason}"
 
     def _spoil(self) -> None:
+        """Overwrites what a replay has to bring back, that of the rest too."""
         spoiled = list(self._writes.targets)
         if self._rest is not None:
-            reloaded, refilled = self._rest.storages(), self._rest.refilled
-            spoiled += [p.home for p in self._places if p.title in refilled and _storage(p.home) in reloaded]
+            spoiled += [place.home for place in self._places if place.title in self._rest.filled and place.home.numel()]
         for target in spoiled:
             if target.element_size() in _WORDS:
                 target.view(_WORDS[target.element_size()]).fill_(-1)

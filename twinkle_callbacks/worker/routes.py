@@ -23,7 +23,7 @@ class Routes(NamedTuple):
     Attributes:
         into: names of those that are for these layers, in part at least, or whose way cannot be followed.
         past: names of all others.
-        filled: titles of those parameters of these layers that are filled entirely.
+        filled: titles of the parameters, of whatever layer, that all tensors together fill entirely.
     """
 
     into: list[str]
@@ -47,11 +47,10 @@ def find_routes(shadow: Any, layers: Iterable[str], layouts: Layouts) -> Routes:
     with torch.no_grad(), _Watch(given, {storage for _, _, storage in registered}) as watch:
         shadow.load_weights(given.items())
     del kept
-    past = [name for name, targets in watch.targets.items() if targets and not targets & own and name not in watch.lost]
-    into = [name for name in given if name not in set(past)]
-    sizes = {title: (tensor.numel(), storage) for title, tensor, storage in registered if storage in own}
-    filled = frozenset(title for title, (numel, storage) in sizes.items() if watch.written[storage] >= numel > 0)
-    return Routes(into, past, filled)
+    past = {name for name, targets in watch.targets.items() if targets and not targets & own} - watch.lost
+    filled = [title for title, tensor, storage in registered if watch.written[storage] >= tensor.numel() > 0]
+    into = [name for name in given if name not in past]
+    return Routes(into, [name for name in given if name in past], frozenset(filled))
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
