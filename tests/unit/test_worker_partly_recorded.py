@@ -252,6 +252,17 @@ def test_a_reload_that_replaces_a_parameter_is_refused(
     assert values(model) == values(loaded(PartlyFit, weights(0)))
 
 
+def test_tensors_in_the_memory_of_the_model_are_not_lost_in_a_proof(caplog: pytest.LogCaptureFixture) -> None:
+    model = loaded(PartlyFit, weights(9))
+    tensors = weights(0) | {"attention.kv_b.weight": model.attention.kv_b.weight.data}
+    committing = committer(model)
+    with caplog.at_level(logging.INFO, "vllm.twinkle_callbacks"):
+        committing.commit(tensors)
+    assert "lie in the memory of the model" in caplog.text
+    mixed = weights(0) | {"attention.kv_b.weight": weights(9)["attention.kv_b.weight"]}
+    assert values(model) == values(loaded(PartlyFit, mixed))
+
+
 def test_where_nothing_is_left_to_record_all_is_loaded_once(caplog: pytest.LogCaptureFixture) -> None:
     model = loaded(PartlyFit, weights(9))
     committing = committer(model, unfit_layers=lambda model: [UnfitLayer("", model, "Whole")])

@@ -100,6 +100,7 @@ class RecordedCopies:
         """
         places = list(_places(model))
         expected = _digests(places, digest)
+        _check_apart(places, tensors)
         loaded = set() if rest is None else set(rest.names)
         copied = {name: tensor for name, tensor in tensors.items() if name not in loaded}
         try:
@@ -188,6 +189,11 @@ def _places(model: torch.nn.Module) -> Iterator[_Place]:
                     yield _Place(title, registry, name, tensor, tensor.detach(), tensor.data_ptr())
 
 
+def _check_apart(places: list[_Place], tensors: Tensors) -> None:
+    if {_storage(p.home) for p in places if p.home.numel()} & {_storage(t) for t in tensors.values() if t.numel()}:
+        raise NotRecordedError("tensors to load lie in the memory of the model")
+
+
 def _check_same(before: list[_Place], after: list[_Place]) -> None:
     known = {place.title for place in before}
     other = [p.title for p in before if not p.is_unchanged()] + [p.title for p in after if p.title not in known]
@@ -226,8 +232,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         # They may lie in one storage, as slices of a bucket do: a view belongs to the tensor within whose bytes it is.
         self._spans = sorted((*span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
         self._given = {_storage(tensor) for tensor in tensors.values() if tensor.numel()}
-        if self._given & self._registered:
-            raise NotRecordedError("tensors to load lie in the memory of the model")
         for (_, end, name), (start, _, other) in pairwise(self._spans):
             if start < end:
                 raise NotRecordedError(f"{name} and {other} share memory")
