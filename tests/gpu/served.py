@@ -86,7 +86,7 @@ def synchronizer(policy: torch.nn.Module, rollout: LocalRollout, engine: str, **
 
 
 def make_policy(seed: int, kind: str = "qwen3") -> torch.nn.Module:
-    """A Qwen3 of two layers; its norms are small enough to share a block of torch's memory with each other.
+    """A model of two layers; its norms are small enough to share a block of torch's memory with each other.
 
     `kind` is one of `tests.tiny_models.KINDS` whose configuration has `head_dim`.
     """

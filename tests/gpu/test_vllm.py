@@ -94,22 +94,28 @@ def test_fifty_syncs_with_generation_between_take_no_more_than_fifteen(
 @pytest.mark.parametrize(
     ("kind", "settings"), [("qwen3_moe", {}), ("qwen3", {"quantization": "fp8"})], ids=["experts", "online fp8"]
 )
-def test_layers_that_compute_with_other_tensors_answer_as_after_a_fresh_load(
+def test_layers_that_compute_with_other_tensors_are_loaded_and_the_others_recorded(
     kind: str, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    for seed in (0, 1):
-        make_policy(seed, kind).save_pretrained(tmp_path / str(seed))
-    expected = answers(serve(tmp_path / "1", synced=False, **settings).llm)
-    served = serve(tmp_path / "0", synced=True, **settings)
+    policy = make_policy(SEED, kind)
+    make_policy(0, kind).save_pretrained(tmp_path / "served")
+    policy.save_pretrained(tmp_path / "policy")
+    expected = answers(serve(tmp_path / "policy", synced=False, **settings).llm)
+    served = serve(tmp_path / "served", synced=True, enable_sleep_mode=True, **settings)
     assert [tokens for tokens, _ in answers(served.llm)] != [tokens for tokens, _ in expected]
-    policy = make_policy(1, kind)
-    with synchronizer(policy, LocalRollout(served.llm), "ipc") as sync:
+    rollout = LocalRollout(served.llm)
+    with synchronizer(policy, rollout, "ipc") as sync:
         assert_same(answers(served.llm), expected)
-        for version, seed in enumerate((2, 3, 1)):
+        for version, seed in enumerate((2, 3, SEED)):
             policy.load_state_dict(make_policy(seed, kind).state_dict())
             sync.push(version=version)
+            assert served.ask("commit_way") == "partly recorded"
         assert_same(answers(served.llm), expected)
-        assert served.ask("commit_way") == "loader"
+        rollout.sleep(level=2)
+        for version in (4, 5):
+            sync.push(version=version)
+            assert_same(answers(served.llm), expected)
+        assert served.ask("commit_way") == "partly recorded"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from twinkle_callbacks.worker import commit as commit_module
 from twinkle_callbacks.worker.commit import Committer
-from twinkle_callbacks.worker.recorded import Copy, NotRecordedError, RecordedCopies, layouts_of, obstacle_in_layers
+from twinkle_callbacks.worker.recorded import Copy, NotRecordedError, RecordedCopies, layouts_of
 
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
@@ -94,8 +95,12 @@ def plain_loader(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+def no_shadow() -> AbstractContextManager[torch.nn.Module]:
+    raise AssertionError("there is nothing to ask a second model: all layers are fit")
+
+
 def committer(model: torch.nn.Module, why_not: str = "") -> Committer:
-    return Committer(model, None, CPU, obstacle=lambda model: why_not)
+    return Committer(model, None, CPU, shadow=no_shadow, obstacle=lambda model: why_not)
 
 
 def test_a_replay_of_other_values_is_their_load() -> None:
@@ -450,70 +455,10 @@ def test_nothing_is_recorded_where_the_layers_or_the_host_are_in_the_way(
         layers = committer(Toy(), "Layer may derive something")
         layers.commit(weights(0))
         layers.commit(weights(1))
-        host = Committer(Toy(), None, torch.device("meta"), obstacle=lambda model: "")
+        host = Committer(Toy(), None, torch.device("meta"), shadow=no_shadow, obstacle=lambda model: "")
         host.commit(weights(0))
     assert layers.last_way == host.last_way == "loader"
     assert len(plain_loader) == 3
     assert len(caplog.records) == 2
     assert "commits go through vLLM's loader: Layer may derive" in caplog.text
     assert "the staged tensors are on cpu" in caplog.text
-
-
-def processing(name: str, *bases: type, **attributes: Any) -> Any:
-    """An object of a class of this name that processes weights after loading."""
-    return type(name, bases, {"process_weights_after_loading": lambda self, layer: None, **attributes})()
-
-
-def with_layer(**attributes: Any) -> torch.nn.Module:
-    model = Toy()
-    for name, value in attributes.items():
-        setattr(model.down, name, value)
-    return model
-
-
-def attention(implementation: Any = None, **attributes: Any) -> torch.nn.Module:
-    layer = processing("Attention", torch.nn.Module, kv_cache_dtype="auto", impl=implementation)
-    model = Toy()
-    model.attention = layer
-    for name, value in attributes.items():
-        setattr(layer, name, value)
-    return model
-
-
-class Inherits(type(processing("UnquantizedLinearMethod"))):  # type: ignore[misc]
-    """A quantization method that does not process anything of its own."""
-
-
-def test_layers_that_only_hold_what_was_loaded_can_be_recorded() -> None:
-    assert obstacle_in_layers(Toy()) == ""
-    for name in ("QuantizeMethodBase", "UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
-        assert obstacle_in_layers(with_layer(quant_method=processing(name))) == ""
-    assert obstacle_in_layers(with_layer(quant_method=Inherits())) == ""
-    assert obstacle_in_layers(with_layer(quant_method=None)) == ""
-    assert obstacle_in_layers(attention(processing("AttentionImpl"))) == ""
-    assert obstacle_in_layers(attention(processing("FlashInferImpl", sinks=None))) == ""
-    vision = Toy()
-    vision.attention = processing("MMEncoderAttention", torch.nn.Module, fp8_enabled=False)
-    assert obstacle_in_layers(vision) == ""
-
-
-@pytest.mark.parametrize("name", ["Fp8LinearMethod", "UnquantizedFusedMoEMethod", "BaseKVCacheMethod"])
-def test_quantized_and_moe_layers_are_not_recorded(name: str) -> None:
-    why = obstacle_in_layers(with_layer(quant_method=processing(name)))
-    assert why == f"{name} may derive something from weights after loading, in down"
-
-
-def test_attention_that_derives_something_is_not_recorded() -> None:
-    mla = Toy()
-    mla.attention = processing("MLAAttention", torch.nn.Module)
-    assert "MLAAttention may derive" in obstacle_in_layers(mla)
-    assert "Attention may derive" in obstacle_in_layers(attention(kv_cache_dtype="fp8"))
-    assert "FlashInferImpl may" in obstacle_in_layers(attention(processing("FlashInferImpl", sinks=torch.zeros(1))))
-    assert "FlashInferImpl may" in obstacle_in_layers(attention(processing("FlashInferImpl")))  # without the attribute
-    assert "OtherImpl may derive" in obstacle_in_layers(attention(processing("OtherImpl")))
-
-
-def test_a_model_with_lora_is_not_recorded() -> None:
-    model = Toy()
-    model.lora_manager = object()
-    assert obstacle_in_layers(model) == "the model runs with LoRA"

@@ -20,6 +20,7 @@ import logging
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from twinkle_callbacks.errors import ConfigError, EngineError, RolloutError, Twi
 from twinkle_callbacks.worker.adapter_links import AdapterLinks
 from twinkle_callbacks.worker.adapters import AdapterStore
 from twinkle_callbacks.worker.base_digests import BaseDigests
-from twinkle_callbacks.worker.check import LoadCheck
+from twinkle_callbacks.worker.check import LoadCheck, shadow_model
 from twinkle_callbacks.worker.commit import Committer
 from twinkle_callbacks.worker.link import Link
 from twinkle_callbacks.worker.messages import (
@@ -109,7 +110,8 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._staged: Future[Stage] | None = None
         self._check = LoadCheck(vllm_config)
         self._taken: Layouts = {}  # of the last commit: what comes alike fits
-        self._committer = Committer(model, self.model_config, device, digest=tensor_digest)
+        shadow = partial(shadow_model, vllm_config)
+        self._committer = Committer(model, self.model_config, device, shadow=shadow, digest=tensor_digest)
         self._base = BaseDigests(vllm_config, model)
         parallel = vllm_config.parallel_config
         # vLLM tells replicas of a model without experts that they are alone, but not that they are the first.

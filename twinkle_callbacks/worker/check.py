@@ -83,7 +83,7 @@ class LoadCheck:
                 )
 
     def _load(self, specs: tuple[TensorSpec, ...]) -> None:
-        with _shadow_model(self._vllm_config) as model:
+        with shadow_model(self._vllm_config) as model:
             counter = _WriteCounter()
             refused: list[str] = []
             silent: list[str] = []
@@ -171,7 +171,7 @@ def _meta_tensors(specs: Iterable[TensorSpec]) -> Iterator[tuple[str, torch.Tens
 
 
 @contextmanager
-def _shadow_model(vllm_config: VllmConfig) -> Iterator[Any]:
+def shadow_model(vllm_config: VllmConfig) -> Iterator[Any]:
     """A second instance of the model with all parameters on meta, in the loader's layout.
 
     One that vLLM quantizes online has the layout of the plain model, and quantizing does not run on meta.

@@ -1,23 +1,26 @@
 """The switch from the old weights to the staged ones: through vLLM's own loader and layerwise reload, or its copies.
 
 One reload session around the whole set, written in place: CUDA graphs keep their addresses, and MoE layers are not
-processed twice (vllm#42821). Where that proves to be nothing but copies, they are recorded, and later commits are their
-replay: see `recorded.py`.
+processed twice (vllm#42821). The layers where that proves to be nothing but copies are recorded, and later commits are
+their replay, and a reload session of the other layers alone: see `recorded.py`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.errors import EngineError
-from twinkle_callbacks.worker import recorded
+from twinkle_callbacks.worker import layers, recorded
 from twinkle_callbacks.worker.copies import Tensors, wait_for
-from twinkle_callbacks.worker.recorded import Digest, Layouts, RecordedCopies
+from twinkle_callbacks.worker.layers import UnfitLayer
+from twinkle_callbacks.worker.recorded import Digest, Layouts, NotRecordedError, RecordedCopies, Rest
+from twinkle_callbacks.worker.routes import find_routes
 
 logger = logging.getLogger("vllm.twinkle_callbacks")
 
@@ -26,14 +29,16 @@ class Committer:
     """Commits to one live model, by recorded copies where they are all that loading is. On the worker's main thread.
 
     Args:
+        shadow: makes a second instance of the model on the meta device, as its loader fills it.
         digest: of one tensor, for the proof of a record; see `RecordedCopies.record`.
-        obstacle: tells why this model is not to be recorded, empty if it may be.
+        obstacle: tells why nothing of this model is to be recorded, empty if some of it may be.
+        unfit_layers: which layers of this model are not to be recorded.
 
     Attributes:
         last_way: how the last commit went that was whole.
     """
 
-    last_way: Literal["", "loader", "recorded"] = ""
+    last_way: Literal["", "loader", "recorded", "partly recorded"] = ""
 
     def __init__(
         self,
@@ -41,11 +46,13 @@ class Committer:
         model_config: Any,
         device: torch.device,
         *,
+        shadow: Callable[[], AbstractContextManager[Any]],
         digest: Digest = recorded.host_digest,
-        obstacle: Callable[[Any], str] = recorded.obstacle,
+        obstacle: Callable[[Any], str] = layers.obstacle,
+        unfit_layers: Callable[[Any], list[UnfitLayer]] = layers.unfit_layers,
     ) -> None:
         self._model, self._model_config, self._device = model, model_config, device
-        self._digest, self._obstacle = digest, obstacle
+        self._shadow, self._digest, self._obstacle, self._unfit_layers = shadow, digest, obstacle, unfit_layers
         self._record: RecordedCopies | None = None
         self._refused: Layouts | None = None
         self._told = ""
@@ -61,7 +68,7 @@ class Committer:
         unfit = "" if record is None else record.fits(layouts)
         if record is not None and not unfit:
             record.replay(tensors)
-            self._record, self.last_way = record, "recorded"
+            self._record, self.last_way = record, "recorded" if record.is_whole else "partly recorded"
             return
         if unfit:
             self._tell(f"the recorded copies no longer fit: {unfit}")
@@ -84,16 +91,40 @@ class Committer:
 
     def _try_to_record(self, tensors: Tensors, layouts: Layouts) -> None:
         try:
+            rest = self._rest(layouts)
+        except Exception as error:  # a loader's own, or a model's that cannot be made twice; this one is as it was
+            self._refuse(layouts, error)
+            return
+        try:
             with torch.device(self._device):
-                self._record = RecordedCopies.record(self._model, tensors, self._digest, layouts)
+                self._record = RecordedCopies.record(self._model, tensors, self._digest, layouts, rest)
         except Exception as error:  # a loader's own, or what the watching or the replay found
-            self._refused = layouts
-            self._tell(f"commits go through vLLM's loader: {str(error) or type(error).__name__}")
+            self._refuse(layouts, error)
             self._load(tensors)
         else:
             self._tell(f"the next commits are recorded copies: {self._record}")
             if self._device.type != "cpu":
                 torch.get_device_module(self._device).empty_cache()  # of the layers that the loader made, for good
+
+    def _rest(self, layouts: Layouts) -> Rest | None:
+        """What cannot be recorded. None if all can; an error if nothing can."""
+        unfit = self._unfit_layers(self._model)
+        if not unfit:
+            return None
+        with self._shadow() as shadow:
+            routes = find_routes(shadow, [layer.name for layer in unfit], layouts)
+        derive = f"layers that may derive something from weights after loading: {layers.counted(unfit)}"
+        if not routes.past:
+            raise NotRecordedError(f"all tensors are for {derive}")
+        reason = f"{len(routes.into)} of {len(layouts)} tensors go through vLLM's loader, for {derive}"
+        return Rest(routes.into, [layer.layer for layer in unfit], routes.filled, self._reload, reason)
+
+    def _reload(self, tensors: Sequence[tuple[str, torch.Tensor]], modules: Sequence[torch.nn.Module]) -> None:
+        commit(self._model, self._model_config, tensors, self._device, modules)
+
+    def _refuse(self, layouts: Layouts, error: Exception) -> None:
+        self._refused = layouts
+        self._tell(f"commits go through vLLM's loader: {str(error) or type(error).__name__}")
 
     def _tell(self, what: str) -> None:
         if what != self._told:
@@ -101,8 +132,21 @@ class Committer:
             self._told = what
 
 
-def commit(model: Any, model_config: Any, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> None:
-    """Loads a complete, checked set of checkpoint tensors into the live model. Runs on the worker's main thread.
+def commit(
+    model: Any,
+    model_config: Any,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    device: torch.device,
+    reloaded: Sequence[torch.nn.Module] | None = None,
+) -> None:
+    """Loads checked checkpoint tensors into the live model. Runs on the worker's main thread.
+
+    Args:
+        model: runs in this worker.
+        model_config: vLLM's, of the model.
+        tensors: of the whole model, or for the layers that are reloaded; others are written where they are loaded to.
+        device: of the model.
+        reloaded: layers that are loaded and processed anew, with all inside them; None for the whole model.
 
     Raises:
         Whatever a loader raises; some layers then have new values and some old ones, but each has its own tensors
@@ -110,13 +154,15 @@ def commit(model: Any, model_config: Any, tensors: Iterable[tuple[str, torch.Ten
     """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    _forget_cpu_moe_kernels(model)
+    initialized = [model] if reloaded is None else reloaded
+    _forget_cpu_moe_kernels(initialized)
     before = [_Registered.of(layer) for layer in model.modules()]
     try:
         with torch.device(device):
-            initialize_layerwise_reload(model)
+            for layer in initialized:
+                initialize_layerwise_reload(layer)
             model.load_weights(tensors)
-            finalize_layerwise_reload(model, model_config)
+            finalize_layerwise_reload(model, model_config)  # passes over layers that were not initialized
         _repack_cpu_heads(model)
         _check_nothing_on_meta(model)
         wait_for(device)
@@ -165,7 +211,7 @@ def _check_nothing_on_meta(model: torch.nn.Module) -> None:
         )
 
 
-def _forget_cpu_moe_kernels(model: Any) -> None:
+def _forget_cpu_moe_kernels(layers: Iterable[torch.nn.Module]) -> None:
     """Makes the reload set up the experts' kernels as the first load does.
 
     On CPU the kernel computes with packed expert weights, but packs them only when it is made: a layerwise reload
@@ -176,7 +222,7 @@ def _forget_cpu_moe_kernels(model: Any) -> None:
 
     if not current_platform.is_cpu():
         return
-    for module in model.modules():
+    for module in (module for layer in layers for module in layer.modules()):
         method = getattr(module, "quant_method", None)
         if method is not None and getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None

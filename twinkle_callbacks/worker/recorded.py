@@ -4,16 +4,18 @@ On a GPU, without quantization, all that vLLM's loader does is copy slices of th
 registered ones. One load is watched at the level of torch's operators. An operator that touches either and is not such
 a copy makes the recording fail, so nothing is derived from weights unseen, and no decision hangs on a value.
 
-    obstacle   could layers of this model hold more than copies?                nothing is touched yet
+Layers that may hold more than copies are left to the loader at every commit, with the tensors that go to them: the rest
+of a record (see `layers.py` for which these are, `routes.py` for what goes to them).
+
     record     load once more, watched; spoil what was written, replay, and compare digests with the normal commit's
     fits       the same tensors, into the same memory?                          before each replay
-    replay     the copies alone; where some overlap, in the loader's order, so that they end as they did
+    replay     the copies; where some overlap, in the loader's order, so that they end as they did; then the rest
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,18 +31,6 @@ from twinkle_callbacks.worker.copies import Copy, Fill, Tensors, Writes, span
 
 Digest = Callable[[torch.Tensor], int]
 
-# Classes of vLLM (0.26 to 0.32) whose `process_weights_after_loading` makes nothing out of weights on CUDA, and when:
-# not where it sets the scales of a quantized cache.
-_PASSIVE: dict[str, Callable[[Any], bool]] = {
-    "QuantizeMethodBase": lambda method: True,
-    "UnquantizedLinearMethod": lambda method: True,
-    "UnquantizedEmbeddingMethod": lambda method: True,
-    "Attention": lambda layer: getattr(layer, "kv_cache_dtype", "") in ("auto", "float16", "bfloat16", "float32"),
-    "AttentionImpl": lambda implementation: True,
-    "AttentionImplBase": lambda implementation: True,
-    "FlashInferImpl": lambda implementation: getattr(implementation, "sinks", "unknown") is None,  # else converts them
-    "MMEncoderAttention": lambda layer: not getattr(layer, "fp8_enabled", True),
-}
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -48,47 +38,50 @@ class NotRecordedError(EngineError):
     """A load is more than a set of copies. Told in the log; commits go through the loader then."""
 
 
-def obstacle(model: Any) -> str:
-    """Why a commit to this model may be more than copies, as far as platform and layers tell; empty if it is not."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cuda():
-        return f"on {current_platform.device_type} vLLM may compute with other tensors than those that it loads"
-    return obstacle_in_layers(model)
-
-
-def obstacle_in_layers(model: Any) -> str:
-    """The part of `obstacle` that the model alone tells."""
-    if getattr(model, "lora_manager", None) is not None:
-        return "the model runs with LoRA"
-    for name, module in model.named_modules():
-        for processed in (module, getattr(module, "quant_method", None), getattr(module, "impl", None)):
-            owner = _processing_class(processed)
-            if owner and not _PASSIVE.get(owner, lambda unknown: False)(processed):
-                return f"{owner} may derive something from weights after loading, in {name or 'the model'}"
-    return ""
-
-
-def _processing_class(processed: Any) -> str:
-    """Name of the class that defines `process_weights_after_loading` for this object; empty if none does."""
-    owners = (c.__name__ for c in type(processed).__mro__ if "process_weights_after_loading" in vars(c))
-    return next(owners, "")
-
-
 def host_digest(tensor: torch.Tensor) -> int:
     """XXH3-64 of a tensor's bytes, computed in host memory."""
     return xxhash.xxh3_64_intdigest(memory(as_bytes(tensor.cpu())))
 
 
+class Rest(NamedTuple):
+    """What a commit leaves to the loader.
+
+    Attributes:
+        names: of the tensors that are loaded.
+        layers: that are reloaded, with all layers inside them.
+        filled: titles of the parameters, of whatever layer, that a whole set of tensors fills entirely.
+        reload: loads these tensors and reloads these layers, and leaves their tensors where they were.
+        reason: why, for the log.
+    """
+
+    names: Sequence[str]
+    layers: Sequence[torch.nn.Module]
+    filled: frozenset[str]
+    reload: Callable[[Sequence[tuple[str, torch.Tensor]], Sequence[torch.nn.Module]], None]
+    reason: str
+
+    def replay(self, tensors: Tensors) -> None:
+        self.reload([(name, tensors[name]) for name in self.names], self.layers)
+
+    def storages(self) -> set[int]:
+        """Those of all tensors of the layers."""
+        return {_storage(place.home) for layer in self.layers for place in _places(layer) if place.home.numel()}
+
+
 class RecordedCopies:
     """What the loader copies into one model from tensors of certain names and layouts. Made by `record`."""
 
-    def __init__(self, places: list[_Place], layouts: Layouts, writes: Writes) -> None:
-        self._places, self._layouts, self._writes = places, layouts, writes
+    def __init__(self, places: list[_Place], layouts: Layouts, writes: Writes, rest: Rest | None) -> None:
+        self._places, self._layouts, self._writes, self._rest = places, layouts, writes, rest
 
     @classmethod
     def record(
-        cls, model: Any, tensors: Tensors, digest: Digest = host_digest, layouts: Layouts | None = None
+        cls,
+        model: Any,
+        tensors: Tensors,
+        digest: Digest = host_digest,
+        layouts: Layouts | None = None,
+        rest: Rest | None = None,
     ) -> RecordedCopies:
         """Loads `tensors` again, right after a commit of the same through the loader.
 
@@ -99,6 +92,7 @@ class RecordedCopies:
             tensors: what was committed.
             digest: of one tensor, wherever it lives, sensitive to the order of its elements.
             layouts: of the tensors, if known.
+            rest: what is not recorded, but left to the loader at each replay.
 
         Raises:
             NotRecordedError: the load is more than copies, or their replay gives something else.
@@ -106,22 +100,34 @@ class RecordedCopies:
         """
         places = list(_places(model))
         expected = _digests(places, digest)
+        _check_apart(places, tensors)
+        loaded = set() if rest is None else set(rest.names)
+        copied = {name: tensor for name, tensor in tensors.items() if name not in loaded}
         try:
-            with torch.no_grad(), _Recorder(places, tensors) as recorder:
-                model.load_weights(tensors.items())
+            with torch.no_grad(), _Recorder(places, copied, set() if rest is None else rest.storages()) as recorder:
+                model.load_weights(copied.items())
             if not recorder.writes:
                 raise NotRecordedError("the loader wrote nothing")
+            if rest is not None:
+                recorder.check_all_copied()
             _check_same(places, list(_places(model)))
             _compare("a load without a reload leaves other values", expected, _digests(places, digest))
-            record = cls(places, layouts_of(tensors) if layouts is None else layouts, Writes(recorder.writes, tensors))
+            layouts = layouts_of(tensors) if layouts is None else layouts
+            record = cls(places, layouts, Writes(recorder.writes, copied), rest)
             record._spoil()
             record.replay(tensors)
+            _check_same(places, list(_places(model)))
             _compare("repeating the copies leaves other values", expected, _digests(places, digest))
         except BaseException:
             for place in places:
                 place.put_back()
             raise
         return record
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to the loader."""
+        return self._rest is None
 
     def fits(self, layouts: Layouts) -> str:
         """Why tensors of these layouts cannot be replayed into this model; empty if they can."""
@@ -133,15 +139,26 @@ class RecordedCopies:
         return f"moved or replaced in the model: {first_few(moved)}" if moved else ""
 
     def replay(self, tensors: Tensors) -> None:
-        """Writes tensors that fit, and waits until they are there."""
+        """Writes tensors that fit, and waits until they are there.
+
+        Raises:
+            Exception: whatever the loader raises at the rest; the copies are done then.
+        """
         self._writes.replay(tensors)
+        if self._rest is not None:
+            self._rest.replay(tensors)
 
     def __str__(self) -> str:
-        return str(self._writes)
+        return str(self._writes) if self._rest is None else f"{self._writes}; {self._rest.reason}"
 
     def _spoil(self) -> None:
-        for target in self._writes.targets:
-            target.view(_WORDS[target.element_size()]).fill_(-1)
+        """Overwrites what a replay has to bring back, that of the rest too."""
+        spoiled = list(self._writes.targets)
+        if self._rest is not None:
+            spoiled += [place.home for place in self._places if place.title in self._rest.filled and place.home.numel()]
+        for target in spoiled:
+            if target.element_size() in _WORDS:
+                target.view(_WORDS[target.element_size()]).fill_(-1)
 
 
 class _Place(NamedTuple):
@@ -170,6 +187,11 @@ def _places(model: torch.nn.Module) -> Iterator[_Place]:
                 if tensor is not None:
                     title = f"{prefix}.{name}" if prefix else name
                     yield _Place(title, registry, name, tensor, tensor.detach(), tensor.data_ptr())
+
+
+def _check_apart(places: list[_Place], tensors: Tensors) -> None:
+    if {_storage(p.home) for p in places if p.home.numel()} & {_storage(t) for t in tensors.values() if t.numel()}:
+        raise NotRecordedError("tensors to load lie in the memory of the model")
 
 
 def _check_same(before: list[_Place], after: list[_Place]) -> None:
@@ -201,25 +223,32 @@ def layouts_of(tensors: Tensors) -> Layouts:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Notes the copies from given tensors into registered ones, and refuses all else that touches either."""
 
-    def __init__(self, places: list[_Place], tensors: Tensors) -> None:
+    def __init__(self, places: list[_Place], tensors: Tensors, reloaded: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.writes: list[Copy | Fill] = []
+        self._reloaded = reloaded
         self._registered = {_storage(place.home) for place in places if place.home.numel()}
         self._tensors = tensors
         # They may lie in one storage, as slices of a bucket do: a view belongs to the tensor within whose bytes it is.
         self._spans = sorted((*span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
         self._given = {_storage(tensor) for tensor in tensors.values() if tensor.numel()}
-        if self._given & self._registered:
-            raise NotRecordedError("tensors to load lie in the memory of the model")
         for (_, end, name), (start, _, other) in pairwise(self._spans):
             if start < end:
                 raise NotRecordedError(f"{name} and {other} share memory")
+
+    def check_all_copied(self) -> None:
+        """Raises NotRecordedError unless something of each tensor was copied."""
+        untouched = self._tensors.keys() - {write.source for write in self.writes if isinstance(write, Copy)}
+        if untouched:
+            raise NotRecordedError(f"the loader took nothing of {first_few(sorted(untouched))}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.numel()]
         touched = {_storage(tensor) for tensor in operands} & (self._given | self._registered)
         if touched and func._schema.is_mutable:
+            if isinstance(args[0], torch.Tensor) and _storage(args[0]) in self._reloaded:
+                raise NotRecordedError("the loader writes into a layer that is reloaded, with tensors for others")
             if func is aten.copy_.default:
                 self.writes.append(self._copy(args[0], args[1]))
             elif func in (aten.fill_.Scalar, aten.zero_.default) and _storage(args[0]) in self._registered:
