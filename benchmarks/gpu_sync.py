@@ -167,6 +167,8 @@ class Comparison:
             else:
                 self.order = "native after ours, as both vLLMs do not fit beside the trainer"
                 self._take_turns([*ours, copy])
+                del copy  # the next vLLM needs its memory
+                torch.cuda.empty_cache()
             self._note_answer("ours", llm)
         if "native" not in self._answers:
             with self._serving("ipc") as native_llm:

@@ -18,14 +18,12 @@ an error the engine is dropped, the rollouts go on with the weights they had, an
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Self, TypeVar, Unpack, cast
 
 import msgspec
 import torch
@@ -37,6 +35,7 @@ from twinkle_callbacks.buckets.packing import dtype_of, nbytes_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
 from twinkle_callbacks.drain import Stream, drain
 from twinkle_callbacks.engines.base import SendStats
+from twinkle_callbacks.engines.thread import LoopThread
 from twinkle_callbacks.errors import (
     BrokenCommitError,
     ConfigError,
@@ -88,6 +87,7 @@ class WeightSynchronizer:
         self.report: SyncReport | None = None
         self._model = model
         self._group = TrainerGroup()
+        self._loop = LoopThread("twinkle-push")
         self._fleet: Fleet | None = None
         self._source: WeightSource = self._open_source(self.settings.dtype)
         self._connected = False
@@ -144,6 +144,7 @@ class WeightSynchronizer:
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
             fleet.leave()
+        self._loop.close()
 
     def __enter__(self) -> Self:
         self.open()
@@ -337,7 +338,7 @@ class WeightSynchronizer:
             engine = self._leading.engine
             assert engine is not None
             engine.lasts = self._source.lasts
-            _run(lambda: engine.send_weights(stream))
+            self._loop.run(lambda: engine.send_weights(stream))
 
         failure = drain(self._group, self._source, send)
         if self._group.is_leader and isinstance(failure, (EngineError, DeadlineError)):
@@ -382,12 +383,3 @@ def _refuse_difference(mine: list[str], leading: list[str]) -> None:
                 f"the ranks would stream different tensors: this one {own} where rank 0 has {other}; build and wrap "
                 f"the same model on every rank"
             )
-
-
-def _run(call: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Runs a coroutine to its end, also when the caller is inside an event loop, as in a notebook."""
-    thread = ThreadPoolExecutor(1, thread_name_prefix="twinkle-push")
-    try:
-        thread.submit(lambda: asyncio.run(call())).result()
-    finally:
-        thread.shutdown(wait=False)  # after an interrupt the transfer ends by its own deadline

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu_nccl import HOST_ENV
 from tests.tiny_models import build
-from tests.vllm.engines import make_llm
+from tests.vllm.engines import Answers, answers, end, make_llm
 from twinkle_callbacks import WeightSynchronizer
 from twinkle_callbacks.rollouts import LocalRollout
 
@@ -71,13 +71,28 @@ def host(name: str) -> Iterator[None]:
 def serve(folder: Path, *, synced: bool, **settings: Any) -> Served:
     """An engine with a process of its own, ended by `tests.vllm.engines.release`; `settings` are vLLM's."""
     before = set(multiprocessing.active_children())
-    with host("worker"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        settings |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.05}  # of the GPU, free when it starts
-        llm = make_llm(folder, synced=synced, worker_extension_cls="tests.gpu.probe.Probe", **settings)
+    with host("worker"):
+        probe = {"worker_extension_cls": "tests.gpu.probe.Probe"}
+        llm = small_llm(folder, own_process=True, synced=synced, **probe, **settings)
     [process] = set(multiprocessing.active_children()) - before
     assert process.pid not in (None, os.getpid())
     return Served(llm, process.pid)
+
+
+def small_llm(folder: Path, *, own_process: bool, synced: bool, **settings: Any) -> Any:
+    """A `vllm.LLM` that takes little of the GPU; `settings` are vLLM's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(own_process)))
+        settings |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.05}  # of the GPU, free when it starts
+        return make_llm(folder, synced=synced, **settings)
+
+
+def fresh_answers(folder: Path, **settings: Any) -> Answers:
+    """What an engine answers that loads the folder's weights itself; in this process, where it starts much faster."""
+    llm = small_llm(folder, own_process=False, synced=False, **settings)
+    found = answers(llm)
+    end(llm)
+    return found
 
 
 def synchronizer(policy: torch.nn.Module, rollout: LocalRollout, engine: str, **settings: Any) -> WeightSynchronizer:

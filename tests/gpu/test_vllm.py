@@ -10,8 +10,20 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.gpu.served import ENGINES, MIB, SEED, Memory, Served, make_policy, serve, synchronizer, train
-from tests.vllm.engines import Answers, answers, assert_same, make_llm, release
+from tests.gpu.served import (
+    ENGINES,
+    MIB,
+    SEED,
+    Memory,
+    Served,
+    fresh_answers,
+    make_policy,
+    serve,
+    small_llm,
+    synchronizer,
+    train,
+)
+from tests.vllm.engines import Answers, answers, assert_same, release
 from twinkle_callbacks.errors import TwinkleError
 from twinkle_callbacks.rollouts import LocalRollout
 
@@ -37,8 +49,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
             train(policy, step)
         folder = tmp_path_factory.mktemp(f"after-{steps}")
         policy.save_pretrained(folder)
-        found.append(answers(serve(folder, synced=False).llm))
-        release()
+        found.append(fresh_answers(folder))
     assert found[0] != found[1]
     return References(*found)
 
@@ -100,7 +111,7 @@ def test_layers_that_compute_with_other_tensors_are_loaded_and_the_others_record
     policy = make_policy(SEED, kind)
     make_policy(0, kind).save_pretrained(tmp_path / "served")
     policy.save_pretrained(tmp_path / "policy")
-    expected = answers(serve(tmp_path / "policy", synced=False, **settings).llm)
+    expected = fresh_answers(tmp_path / "policy", **settings)
     served = serve(tmp_path / "served", synced=True, enable_sleep_mode=True, **settings)
     assert [tokens for tokens, _ in answers(served.llm)] != [tokens for tokens, _ in expected]
     rollout = LocalRollout(served.llm)
@@ -155,11 +166,8 @@ def test_push_into_an_engine_that_sleeps_unknown_to_it_is_refused(sleepy: Served
         assert_same(answers(sleepy.llm), references.first)
 
 
-def test_engine_in_the_trainers_own_process_syncs_and_sleeps(
-    references: References, served_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    llm = make_llm(served_dir, synced=True, dtype="bfloat16", gpu_memory_utilization=0.05, enable_sleep_mode=True)
+def test_engine_in_the_trainers_own_process_syncs_and_sleeps(references: References, served_dir: Path) -> None:
+    llm = small_llm(served_dir, own_process=False, synced=True, enable_sleep_mode=True)
     policy = make_policy(SEED)
     rollout = LocalRollout(llm)
     with synchronizer(policy, rollout, "ipc") as sync:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.partly_fit import LOADED, PartlyFit, copy_whole, loaded, memory, shadow, values, weights
+from tests.partly_fit import LOADED, PartlyFit, Weights, copy_whole, loaded, memory, shadow, values, weights
 from twinkle_callbacks.worker import commit as commit_module
 from twinkle_callbacks.worker.commit import Committer
 from twinkle_callbacks.worker.layers import UnfitLayer
-from twinkle_callbacks.worker.recorded import layouts_of
+from twinkle_callbacks.worker.recorded import Layouts, layouts_of
 from twinkle_callbacks.worker.routes import find_routes
 
 CPU = torch.device("cpu")
@@ -261,6 +261,27 @@ def test_tensors_in_the_memory_of_the_model_are_not_lost_in_a_proof(caplog: pyte
     assert "lie in the memory of the model" in caplog.text
     mixed = weights(0) | {"attention.kv_b.weight": weights(9)["attention.kv_b.weight"]}
     assert values(model) == values(loaded(PartlyFit, mixed))
+
+
+def elsewhere(tensors: Weights, name: str) -> Layouts:
+    """Their layouts, as if one was staged in other memory."""
+    layouts = layouts_of(tensors)
+    return layouts | {name: (*layouts[name][:3], torch.device("cuda", 0))}
+
+
+def test_tensors_for_the_loader_may_be_staged_elsewhere_but_no_others(caplog: pytest.LogCaptureFixture) -> None:
+    model = loaded(PartlyFit, weights(9))
+    committing = committer(model)
+    for seed, way in ((0, "loader"), (1, "partly recorded")):
+        committing.commit(weights(seed), elsewhere(weights(seed), "packed.weight"))
+        assert committing.last_way == way
+        assert values(model) == values(loaded(PartlyFit, weights(seed)))
+    with caplog.at_level(logging.INFO, "vllm.twinkle_callbacks"):
+        other = committer(loaded(PartlyFit, weights(9)))
+        for seed in (0, 1):
+            other.commit(weights(seed), elsewhere(weights(seed), "norm.weight"))
+    assert other.last_way == "loader"
+    assert "norm.weight is staged on cuda:0" in caplog.text
 
 
 def test_where_nothing_is_left_to_record_all_is_loaded_once(caplog: pytest.LogCaptureFixture) -> None:

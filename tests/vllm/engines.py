@@ -86,6 +86,13 @@ def assert_same(got: Answers, wanted: Answers) -> None:
         assert ours == pytest.approx(theirs, abs=2e-5)
 
 
+def end(llm: Any) -> None:
+    """Ends one engine, in a process of its own or the only one in this."""
+    llm.llm_engine.engine_core.shutdown()
+    _ALIVE.remove(llm)
+    gc.collect()
+
+
 def release() -> None:
     """Ends all engines made so far, together with the process groups they share.
 

@@ -1,15 +1,18 @@
-"""The thread that an engine's blocking calls run on, so that neither an event loop nor a caller's thread is stuck."""
+"""Threads of one's own: for an engine's blocking calls, so that nobody else is stuck in them, and for an event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+CLOSE_S = 1.0
 
 
 class EngineThread:
@@ -82,3 +85,28 @@ class EngineThread:
             future.set_result(result)
         else:
             future.set_exception(error)
+
+
+class LoopThread:
+    """An event loop on a thread: for a caller that has none, or is inside one that must go on, as in a notebook."""
+
+    def __init__(self, name: str) -> None:
+        """Starts nothing yet."""
+        self._name = name
+        self._running: tuple[EngineThread, asyncio.Runner] | None = None
+
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Runs a coroutine to its end. An interrupted one goes on to its own deadline, and the next has a new loop."""
+        thread, runner = self._running = self._running or (EngineThread(self._name), asyncio.Runner())
+        try:
+            return thread.submit(lambda: runner.run(call())).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the thread after what is under way. Idempotent."""
+        running, self._running = self._running, None
+        if running is not None:
+            thread, runner = running
+            thread.abandon(RuntimeError("the loop was closed"), runner.close, CLOSE_S)

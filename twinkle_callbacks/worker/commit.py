@@ -8,7 +8,7 @@ their replay, and a reload session of the other layers alone: see `recorded.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
@@ -73,7 +73,7 @@ class Committer:
         if unfit:
             self._tell(f"the recorded copies no longer fit: {unfit}")
         self._load(tensors)
-        why_not = self._why_not_record(tensors)
+        why_not = self._obstacle(self._model)
         if why_not:
             self._tell(f"commits go through vLLM's loader: {why_not}")
         elif self._refused != layouts:
@@ -82,12 +82,6 @@ class Committer:
 
     def _load(self, tensors: Tensors) -> None:
         commit(self._model, self._model_config, tensors.items(), self._device)
-
-    def _why_not_record(self, tensors: Tensors) -> str:
-        elsewhere = next((t.device for t in tensors.values() if t.device.type != self._device.type), None)
-        if elsewhere is not None:
-            return f"the staged tensors are on {elsewhere}, and the way from there to {self._device} takes longer"
-        return self._obstacle(self._model)
 
     def _try_to_record(self, tensors: Tensors, layouts: Layouts) -> None:
         try:
@@ -108,16 +102,25 @@ class Committer:
 
     def _rest(self, layouts: Layouts) -> Rest | None:
         """What cannot be recorded. None if all can; an error if nothing can."""
-        unfit = self._unfit_layers(self._model)
+        elsewhere = {name: layout[3] for name, layout in layouts.items() if layout[3].type != self._device.type}
+        unfit = self._unfit_layers(self._model) if len(elsewhere) < len(layouts) else []
         if not unfit:
+            self._require_here(layouts, elsewhere)
             return None
         with self._shadow() as shadow:
             routes = find_routes(shadow, [layer.name for layer in unfit], layouts)
         derive = f"layers that may derive something from weights after loading: {layers.counted(unfit)}"
         if not routes.past:
             raise NotRecordedError(f"all tensors are for {derive}")
+        self._require_here(routes.past, elsewhere)
         reason = f"{len(routes.into)} of {len(layouts)} tensors go through vLLM's loader, for {derive}"
         return Rest(routes.into, [layer.layer for layer in unfit], routes.filled, self._reload, reason)
+
+    def _require_here(self, names: Iterable[str], elsewhere: Mapping[str, torch.device]) -> None:
+        name = next((name for name in names if name in elsewhere), None)
+        if name is not None:
+            way = f"the way from there to {self._device} takes longer"
+            raise NotRecordedError(f"{name} is staged on {elsewhere[name]}, and {way}")
 
     def _reload(self, tensors: Sequence[tuple[str, torch.Tensor]], modules: Sequence[torch.nn.Module]) -> None:
         commit(self._model, self._model_config, tensors, self._device, modules)
