@@ -150,6 +150,7 @@ class Comparison:
         self.series: Series = defaultdict(list)
         self.phases: dict[str, Series] = defaultdict(lambda: defaultdict(list))
         self.memory: dict[str, dict[str, float]] = {}
+        self.out_of_memory: list[str] = []
         self._answers: dict[str, list[int]] = {}
 
     def run(self) -> None:
@@ -172,10 +173,19 @@ class Comparison:
             self._note_answer("ours", llm)
         if "native" not in self._answers:
             with self._serving("ipc") as native_llm:
-                native = self._natives(native_llm)
-                self._measure_memory(native)
-                self._take_turns(native)
-                self._note_answer("native", native_llm)
+                self._take_turns_as_far_as_memory_goes(self._natives(native_llm), native_llm)
+
+    def _take_turns_as_far_as_memory_goes(self, ways: list[Way], llm: Any) -> None:
+        """One way after the other; one that the GPU has no room for is named under `out_of_memory`, and is the last."""
+        for way in ways:
+            try:
+                self._measure_memory([way])
+                self._take_turns([way])
+            except torch.OutOfMemoryError:
+                self.out_of_memory.append(way.name)
+                self.series.pop(way.name, None)
+                return
+            self._note_answer("native", llm)
 
     def _serving(self, backend: str) -> AbstractContextManager[Any]:
         return serving(self._folder, backend, self.nbytes, self._settings)
@@ -286,6 +296,7 @@ class Comparison:
             "bucket_size_mb": self._bucket_size_mb,
             "allowed_extra_mb": 4 * self._bucket_size_mb * (1 << 20) / 1e6,
             "native_memory": {way: self.memory[way] for way in native},
+            "out_of_memory": self.out_of_memory,
             "vllm": vllm.__version__,
         }
         return [

@@ -102,18 +102,6 @@ def test_fifty_syncs_with_generation_between_take_no_more_than_fifteen(
     assert torch.cuda.memory_allocated() - held < MIB, "the engine's buffers are still there"
 
 
-def test_policy_in_memory_that_cannot_be_shared_goes_through_buckets(served: Served, references: References) -> None:
-    torch.cuda.empty_cache()  # or it would come from blocks that can
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    try:
-        policy = make_policy(SEED)
-    finally:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
-    with synchronizer(policy, LocalRollout(served.llm), "ipc"):
-        assert_same(answers(served.llm), references.first)
-        assert served.ask("commit_way") == "loader"  # from staged copies on the host
-
-
 @pytest.mark.parametrize(
     ("kind", "settings"), [("qwen3_moe", {}), ("qwen3", {"quantization": "fp8"})], ids=["experts", "online fp8"]
 )
