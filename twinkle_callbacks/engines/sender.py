@@ -41,8 +41,7 @@ from twinkle_callbacks.engines.mapped_frames import LyingTensor, MappedFrames
 from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
 
 _CACHED_BYTES = 1 << 20
-# Tensors in the first MAPPED frame and in the others: receivers look at them while the next are drawn.
-_MAPPED_FIRST, _MAPPED_TOGETHER = 32, 128
+_MAPPED_TOGETHER = 128  # tensors in one MAPPED frame: receivers look at them while the next are drawn
 
 
 class _Step(NamedTuple):
@@ -152,7 +151,7 @@ class FrameSender:
                     if self._bucket.entries:
                         self._flush(self._bucket.number + 1)
                     self._mapped.append((tensor, name, place))
-                    if len(self._mapped) >= (_MAPPED_TOGETHER if self._kept else _MAPPED_FIRST):
+                    if len(self._mapped) == _MAPPED_TOGETHER:
                         self._tell_mapped()
                 tensors += 1
             self._forget(packed)
