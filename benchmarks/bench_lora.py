@@ -9,7 +9,8 @@ to each of them, one after another, in another order each time:
 `file`: PEFT's `save_pretrained` and vLLM's `/v1/load_lora_adapter`, to a server with nothing of this package in it. The
 baseline is the faster of loading in place and of unloading first; both are in `naive_s`.
 `merged`: `merge_and_sync=True`, to a server without LoRA.
-Each takes until the server has answered that it serves the new version, which it must then show in an answer.
+Each takes until the server has answered that it serves the new version, which it must then show in an answer, and each
+begins when all servers are at rest.
 
 `decoding vs merged` compares seconds for the same greedy requests, to `alone` by the adapter's name and to `merged`;
 a ratio below 1 is what an adapter costs there.
@@ -56,7 +57,7 @@ class Comparison:
 
     def run(self, advance: Callable[[str], None]) -> None:
         """One round more than asked for, the first of which warms up; calls `advance(route)` after each route."""
-        from benchmarks.lora_servers import change
+        from benchmarks.lora_servers import change, rest
 
         routes = list(self._asked)
         try:
@@ -65,11 +66,13 @@ class Comparison:
                     change(self._policy)
                     turn = round_ % len(routes)
                     for route in routes[turn:] + routes[:turn]:
+                        rest()
                         self._record(route, self._bring(route, round_ + 1), round_)
                         self._show(route)
                         advance(route)
                     self._compare_answers()
                     for route in ("alone", "merged")[:: 1 if round_ % 2 else -1]:
+                        rest()
                         self._record("decoding", {route: self._decode(route, round_)}, round_)
                         advance("decoding")
         finally:

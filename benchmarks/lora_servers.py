@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import psutil
 import torch
 
 from twinkle_callbacks.cli.launch import TRANSFER_FLAG, current_environment, plan_launch
@@ -23,6 +25,8 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 READY_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 300.0
 MAX_TOKENS = 512  # of a prompt and its answer
+BUSY_PERCENT = 10.0  # of all cores, of a machine that is at rest
+REST_TIMEOUT_S = 10.0
 
 
 class Size(NamedTuple):
@@ -32,6 +36,15 @@ class Size(NamedTuple):
     layers: int
     vocab: int
     rank: int
+
+
+def rest() -> None:
+    """Waits until the cores are at rest: for a second after each call, vLLM's processes wait for more in busy loops."""
+    deadline = time.monotonic() + REST_TIMEOUT_S
+    while (busy := psutil.cpu_percent(interval=0.25)) > BUSY_PERCENT:
+        if time.monotonic() > deadline:
+            print(f"this machine is {busy:.0f} % busy with other work, so what follows is slower", file=sys.stderr)
+            return
 
 
 def make_policy(size: Size, folder: Path) -> Any:
