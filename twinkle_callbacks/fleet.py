@@ -175,7 +175,8 @@ class Fleet:
             if runs.quantization is not None:
                 raise RolloutError(
                     f"{replica.name} runs a model quantized with {runs.quantization}, which this version cannot sync; "
-                    f"start the server on a checkpoint that is not quantized, with --quantization fp8 or without"
+                    f"start the server on a plain checkpoint without --quantization, or, on one GPU and without LoRA, "
+                    f"with --quantization fp8"
                 )
             if _shape(runs) != _shape(first.joined[0]):
                 raise RolloutError(

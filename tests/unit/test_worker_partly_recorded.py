@@ -233,6 +233,43 @@ def test_tensors_that_the_loader_computes_with_are_loaded() -> None:
     assert "norm.bias" in model.given[-1]
 
 
+class Scaled(PartlyFit):
+    """Has a scale that only processing makes."""
+
+    def __init__(self, **bases: type) -> None:
+        super().__init__(**bases)
+        self.stale = False
+        method = self.packed.quant_method
+        process = method.process_weights_after_loading
+
+        def process_and_scale(layer: Any) -> None:
+            process(layer)
+            if not hasattr(layer, "scale"):
+                layer.register_buffer("scale", torch.zeros(()))
+            elif self.stale:
+                return
+            layer.scale.fill_(layer.weight.abs().max())
+
+        method.process_weights_after_loading = process_and_scale
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_what_only_processing_makes_has_to_be_made_anew_by_the_reload(
+    stale: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = loaded(Scaled, weights(0))
+    model.stale = stale
+    committing = committer(model)
+    with caplog.at_level(logging.INFO, "vllm.twinkle_callbacks"):
+        committing.commit(weights(0))
+    assert values(model) == values(loaded(Scaled, weights(0)))
+    assert ("repeating the copies leaves other values in 1 of" in caplog.text) == stale
+    committing.commit(weights(1))
+    assert committing.last_way == ("loader" if stale else "partly recorded")
+    if not stale:
+        assert values(model) == values(loaded(Scaled, weights(1)))
+
+
 def test_a_reload_that_replaces_a_parameter_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -52,8 +52,9 @@ class CheckpointEngine(ABC):
     order, or raise; an error of the iterable reaches every receiver with its cause; each step ends within `timeout`
     seconds a blocking operation, or raises `DeadlineError`. Not guaranteed: secrecy of the tensors on the wire.
     Engines that share memory with receivers, not only bytes, show them such tensors themselves as last: on the master,
-    `lasts(tensor)` says that nobody changes or reuses a tensor's memory until the next stream or `finalize()`. Unless
-    it is set, that is believed of the `torch.nn.Parameter`s.
+    `lasts(tensor)` says that nobody changes or reuses a tensor's memory until the next stream or `finalize()`, and that
+    it was written before `send_weights` was called, or on the current stream of the thread that draws it. Unless it is
+    set, that is believed of the `torch.nn.Parameter`s.
     After an error in step 3 or 4 the engine is poisoned: only `finalize()` and then `prepare()` work.
     """
 

@@ -55,7 +55,7 @@ class EngineThread:
                 future.set_exception(error)
         leaving = self.submit(last)
         self._calls.put(None)
-        if not is_busy:
+        if not is_busy and threading.current_thread() is not self._thread:  # which may drop the last reference
             wait([leaving], patience_s)
             self._thread.join(patience_s)
 
@@ -104,9 +104,12 @@ class LoopThread:
             self.close()
             raise
 
-    def close(self) -> None:
-        """Ends the thread after what is under way. Idempotent."""
+    def close(self, patience_s: float = CLOSE_S) -> None:
+        """Ends the thread after what is under way, and waits for that no longer than `patience_s`. Idempotent."""
         running, self._running = self._running, None
         if running is not None:
             thread, runner = running
-            thread.abandon(RuntimeError("the loop was closed"), runner.close, CLOSE_S)
+            thread.abandon(RuntimeError("the loop was closed"), runner.close, patience_s)
+
+    def __del__(self) -> None:  # dropped without close()
+        self.close(0.0)

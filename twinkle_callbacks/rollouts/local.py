@@ -234,7 +234,10 @@ class LocalRollout(Rollout):
             raise RolloutError(f"the local vLLM refused {method}: {type(error).__name__}: {error}") from error
 
     def _while_alive(self, method: str, call: Callable[[], T]) -> T:
-        """Waits for a call no longer than the engine's process lives, as vLLM (0.26 to 0.32) would."""
+        """Waits for a call no longer than the engine's process lives, as vLLM (0.26 to 0.32) would.
+
+        Calls come one after another, also after one that was interrupted: vLLM's client is not made for two at a time.
+        """
         resources = getattr(self.llm.llm_engine.engine_core, "resources", None)
         if resources is None:  # the engine is in this process
             return call()

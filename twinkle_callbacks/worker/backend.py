@@ -200,7 +200,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             vocab_size=int(config.get_vocab_size()),
             dtype=str(config.dtype).removeprefix("torch."),
             lora=lora,
-            quantization=obstructive(config),
+            quantization=obstructive(self.vllm_config),
             in_update=self._in_update,
             vllm=vllm.__version__,
             intact=self._intact,

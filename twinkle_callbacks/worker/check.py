@@ -186,7 +186,7 @@ def shadow_model(vllm_config: VllmConfig) -> Iterator[Any]:
     if hasattr(compilation, "static_all_moe_layers"):
         compilation.static_all_moe_layers = []
     config.compilation_config = compilation
-    if is_online(config.model_config):
+    if is_online(config):
         config.quant_config = None
     with set_current_vllm_config(config), torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
         yield initialize_model(config)

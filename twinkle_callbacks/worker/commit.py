@@ -114,7 +114,7 @@ class Committer:
             raise NotRecordedError(f"all tensors are for {derive}")
         self._require_here(routes.past, elsewhere)
         reason = f"{len(routes.into)} of {len(layouts)} tensors go through vLLM's loader, for {derive}"
-        return Rest(routes.into, [layer.layer for layer in unfit], routes.filled, self._reload, reason)
+        return Rest(routes.into, [layer.layer for layer in unfit], routes.filled, routes.known, self._reload, reason)
 
     def _require_here(self, names: Iterable[str], elsewhere: Mapping[str, torch.device]) -> None:
         name = next((name for name in names if name in elsewhere), None)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-_ONLINE = ("fp8",)
-"""Methods of `--quantization` that take a plain checkpoint and go through the layerwise reload, as tests/gpu shows."""
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
-
-def is_online(model_config: Any) -> bool:
-    """Whether vLLM quantizes the plain weights that it is given, at each load anew."""
-    hf_config = model_config.hf_text_config
-    comes_quantized = getattr(hf_config, "quantization_config", None) or getattr(
-        model_config.hf_config, "quantization_config", None
-    )
-    return model_config.quantization in _ONLINE and not comes_quantized
+_ONLINE = ("fp8", "fp8_per_tensor")
+"""Values of `--quantization` that take a plain checkpoint and go through the layerwise reload, as tests/gpu shows."""
 
 
-def obstructive(model_config: Any) -> str | None:
+def is_online(config: VllmConfig) -> bool:
+    """Whether vLLM quantizes the plain weights that it is given, at each load anew, and a commit is one load or more.
+
+    Not with several ranks, which vLLM lets agree on scales at each load: they would have to load equally often. And not
+    with LoRA.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    checkpoints = (model.hf_config, model.hf_text_config)
+    is_plain = not any(getattr(each, "quantization_config", None) for each in checkpoints)
+    is_alone = parallel.world_size == parallel.data_parallel_size == 1
+    return model.quantization in _ONLINE and is_plain and is_alone and config.lora_config is None
+
+
+def obstructive(config: VllmConfig) -> str | None:
     """The quantization for which a model cannot be synced; None if there is none in the way."""
-    if model_config.quantization is None or is_online(model_config):
-        return None
-    return str(model_config.quantization)
+    quantization = config.model_config.quantization
+    return None if quantization is None or is_online(config) else str(quantization)

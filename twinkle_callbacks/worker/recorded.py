@@ -1,7 +1,7 @@
 """Recorded copies: the loader's copies into the live model, noted once and repeated at every later commit.
 
-On a GPU, without quantization, all that vLLM's loader does is copy slices of the given tensors into slices of the
-registered ones. One load is watched at the level of torch's operators. An operator that touches either and is not such
+On a GPU, all that vLLM's loader does to most layers is copy slices of the given tensors into slices of the registered
+ones. One load is watched at the level of torch's operators. An operator that touches either and is not such
 a copy makes the recording fail, so nothing is derived from weights unseen, and no decision hangs on a value.
 
 Layers that may hold more than copies are left to the loader at every commit, with the tensors that go to them: the rest
@@ -15,7 +15,7 @@ of a record (see `layers.py` for which these are, `routes.py` for what goes to t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ class Rest(NamedTuple):
         names: of the tensors that are loaded.
         layers: that are reloaded, with all layers inside them.
         filled: titles of the parameters, of whatever layer, that a whole set of tensors fills entirely.
+        known: titles of what the model has when it is made; reloaded layers have others through processing alone.
         reload: loads these tensors and reloads these layers, and leaves their tensors where they were.
         reason: why, for the log.
     """
@@ -57,11 +58,18 @@ class Rest(NamedTuple):
     names: Sequence[str]
     layers: Sequence[torch.nn.Module]
     filled: frozenset[str]
+    known: frozenset[str]
     reload: Callable[[Sequence[tuple[str, torch.Tensor]], Sequence[torch.nn.Module]], None]
     reason: str
 
     def replay(self, tensors: Tensors) -> None:
         self.reload([(name, tensors[name]) for name in self.names], self.layers)
+
+    def made(self, places: Iterable[_Place]) -> list[torch.Tensor]:
+        """Those of the model's tensors that only processing has made, and a reload has to make anew."""
+        reloaded = self.storages()
+        others = [place.home for place in places if place.title not in self.known and place.home.numel()]
+        return [home for home in others if _storage(home) in reloaded]
 
     def storages(self) -> set[int]:
         """Those of all tensors of the layers."""
@@ -85,7 +93,8 @@ class RecordedCopies:
     ) -> RecordedCopies:
         """Loads `tensors` again, right after a commit of the same through the loader.
 
-        The record returned has proved itself: its replay restored, bit for bit, what the commit had left.
+        The record returned has proved itself: its replay restored, bit for bit, what the commit had left. That goes for
+        what is registered with the model; what else processing makes is only as fresh as vLLM's reload leaves it.
 
         Args:
             model: loads as vLLM's models do.
@@ -103,6 +112,7 @@ class RecordedCopies:
         _check_apart(places, tensors)
         loaded = set() if rest is None else set(rest.names)
         copied = {name: tensor for name, tensor in tensors.items() if name not in loaded}
+        made = [] if rest is None else [(home, home.clone()) for home in rest.made(places)]
         try:
             with torch.no_grad(), _Recorder(places, copied, set() if rest is None else rest.storages()) as recorder:
                 model.load_weights(copied.items())
@@ -121,6 +131,8 @@ class RecordedCopies:
         except BaseException:
             for place in places:
                 place.put_back()
+            for home, values in made:
+                home.copy_(values)
             raise
         return record
 
@@ -156,6 +168,7 @@ class RecordedCopies:
         spoiled = list(self._writes.targets)
         if self._rest is not None:
             spoiled += [place.home for place in self._places if place.title in self._rest.filled and place.home.numel()]
+            spoiled += self._rest.made(self._places)
         for target in spoiled:
             if target.element_size() in _WORDS:
                 target.view(_WORDS[target.element_size()]).fill_(-1)

@@ -24,11 +24,13 @@ class Routes(NamedTuple):
         into: names of those that are for these layers, in part at least, or whose way cannot be followed.
         past: names of all others.
         filled: titles of the parameters, of whatever layer, that all tensors together fill entirely.
+        known: titles of all parameters and buffers; a live model has others only through what is done after loading.
     """
 
     into: list[str]
     past: list[str]
     filled: frozenset[str]
+    known: frozenset[str]
 
 
 def find_routes(shadow: Any, layers: Iterable[str], layouts: Layouts) -> Routes:
@@ -50,7 +52,8 @@ def find_routes(shadow: Any, layers: Iterable[str], layouts: Layouts) -> Routes:
     past = {name for name, targets in watch.targets.items() if targets and not targets & own} - watch.lost
     filled = [title for title, tensor, storage in registered if watch.written[storage] >= tensor.numel() > 0]
     into = [name for name in given if name not in past]
-    return Routes(into, [name for name in given if name in past], frozenset(filled))
+    known = frozenset(title for title, _, _ in registered)
+    return Routes(into, [name for name in given if name in past], frozenset(filled), known)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
