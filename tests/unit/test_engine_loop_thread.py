@@ -1,13 +1,14 @@
-"""The loop on a thread of its own: in a notebook, after an error, and when it is closed."""
+"""Threads that outlive a call: the loop in a notebook, after an error, closed and dropped; and calls that end late."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 
 import pytest
 
-from twinkle_callbacks.engines.thread import LoopThread
+from twinkle_callbacks.engines.thread import EngineThread, LoopThread
 
 NAME = "test-loop"
 
@@ -49,3 +50,21 @@ def test_after_an_error_there_is_a_new_loop() -> None:
     after, _ = loop.run(where)
     assert after is not before
     loop.close()
+
+
+def test_a_loop_that_is_dropped_ends() -> None:
+    loop = LoopThread(NAME)
+    ended, _ = loop.run(where)
+    [thread] = [thread for thread in threading.enumerate() if thread.name == NAME]
+    del loop
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert ended.is_closed()
+
+
+def test_a_thread_may_be_abandoned_by_what_it_runs_itself() -> None:
+    thread = EngineThread(NAME)
+    ended = threading.Event()
+    thread.submit(lambda: thread.abandon(RuntimeError("over"), ended.set, 60.0))
+    assert ended.wait(5)

@@ -11,7 +11,7 @@ import pytest
 
 from twinkle_callbacks import adapter_versions
 from twinkle_callbacks.adapter_path import AdapterPath
-from twinkle_callbacks.errors import ConfigError, RolloutError
+from twinkle_callbacks.errors import ConfigError, DeadlineError, RolloutError, RolloutUnreachableError
 from twinkle_callbacks.rollouts import LocalRollout
 from twinkle_callbacks.worker.messages import ABORT, RECEIVE
 
@@ -249,3 +249,60 @@ def test_sleep_is_refused_where_it_cannot_be() -> None:
     rollout.sleep()
     with pytest.raises(RolloutError, match="sleeps already"):
         rollout.sleep()
+
+
+class RemoteLLM(SleepyLLM):
+    """In place of a `vllm.LLM` whose engine has a process of its own; its calls wait while `hangs` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.llm_engine.engine_core = SimpleNamespace(resources=self.resources)
+        self.answers = threading.Event()
+        self.answers.set()
+        self.threads: list[str] = []
+
+    def start_weight_update(self) -> None:
+        self.threads.append(threading.current_thread().name)
+        assert self.answers.wait(20)
+        super().start_weight_update()
+
+
+def llm_threads() -> int:
+    return sum(thread.name == "twinkle-llm" for thread in threading.enumerate())
+
+
+def test_calls_to_another_process_share_a_thread_that_ends_when_the_rollout_is_closed() -> None:
+    llm = RemoteLLM()
+    rollout = LocalRollout(llm)
+    before = llm_threads()
+    for _ in range(3):
+        rollout.start()
+    assert set(llm.threads) == {"twinkle-llm"}
+    assert llm_threads() == before + 1
+    rollout.close()
+    rollout.close()
+    assert llm_threads() == before
+    rollout.start()
+    assert llm.asked == ["start"] * 4
+    [*_, thread] = [thread for thread in threading.enumerate() if thread.name == "twinkle-llm"]
+    del rollout
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_after_a_call_that_nobody_answers_the_next_does_not_wait_for_it(died: bool) -> None:
+    llm = RemoteLLM()
+    rollout = LocalRollout(llm)
+    rollout.timeout_s = 0.3
+    llm.answers.clear()
+    llm.resources.engine_dead = died
+    with pytest.raises(RolloutUnreachableError if died else DeadlineError, match="start_weight_update"):
+        rollout.start()
+    llm.resources.engine_dead = False
+    rollout.finish()
+    assert llm.asked == ["finish"]
+    llm.answers.set()
+    rollout.close()

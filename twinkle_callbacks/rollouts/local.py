@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LIVENESS_S = 0.25
+CLOSE_S = 1.0
 
 
 class LocalRollout(Rollout):
@@ -218,12 +219,15 @@ class LocalRollout(Rollout):
 
     def close(self) -> None:
         """Leaves the engine as it is: it belongs to the caller."""
+        self._end_thread(CLOSE_S)
+
+    def __del__(self) -> None:  # dropped without close()
+        self._end_thread(0.0)
+
+    def _end_thread(self, patience_s: float) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
-            thread.abandon(RolloutError("the local rollout was closed"), _nothing, 0.0)
-
-    def __del__(self) -> None:
-        self.close()
+            thread.abandon(RolloutError("the local rollout was closed"), _nothing, patience_s)
 
     def _call(self, method: str, *args: Any) -> Any:
         try:

@@ -1,0 +1,120 @@
+"""Tensors that receivers see where they are: which frames tell of them, and what comes out at the other end."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.engine_loopback import LoopbackBackend
+from twinkle_callbacks.engines.backend import Place
+from twinkle_callbacks.engines.receiver import FrameReceiver
+from twinkle_callbacks.engines.sender import _MAPPED_TOGETHER, FrameSender
+
+BUCKET_BYTES = 1 << 12
+NamedTensors = list[tuple[str, torch.Tensor]]
+
+
+class SeeingBackend(LoopbackBackend):
+    """A receiver sees the sender's lasting tensors; `looked` counts how often it looks for one."""
+
+    memory: dict[int, torch.Tensor]
+    looked: int
+
+    def place_of(self, tensor: torch.Tensor) -> Place | None:
+        self.memory[tensor.data_ptr()] = tensor
+        return Place(b"ticket", tensor.data_ptr())
+
+    def view(self, place: Place, nbytes: int) -> torch.Tensor:
+        self.looked += 1
+        flat = self.memory[place.offset].detach().view(-1).view(torch.uint8)
+        assert flat.numel() == nbytes
+        return flat
+
+
+class Link:
+    """A sender and a receiver of streams, one after another, on one thread."""
+
+    def __init__(self) -> None:
+        wire: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        memory: dict[int, torch.Tensor] = {}
+        ends = [SeeingBackend(rank, wire) for rank in (0, 1)]
+        for end in ends:
+            end.memory, end.looked = memory, 0
+        self.far = ends[1]
+        self.sender = FrameSender(ends[0], BUCKET_BYTES, verify=True)
+        self.receiver = FrameReceiver(ends[1], BUCKET_BYTES, verify=True)
+
+    def bring(self, weights: NamedTensors) -> tuple[NamedTensors, list[int]]:
+        """What arrives, and the number of tensors in each frame; parameters last, all else is packed."""
+        self.sender.send(iter(weights), lambda tensor: isinstance(tensor, torch.nn.Parameter))
+        arrived, frames = [], []
+        while (tensors := self.receiver.next_bucket()) is not None:
+            arrived += [(name, tensor if self.receiver.stays(tensor) else tensor.clone()) for name, tensor in tensors]
+            frames.append(len(tensors))
+        return arrived, frames
+
+
+@pytest.fixture
+def link() -> Link:
+    return Link()
+
+
+def lasting(count: int, seed: int = 0) -> NamedTensors:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (f"lasting {i}", torch.nn.Parameter(torch.randn(2 + i % 3, 4, generator=generator), requires_grad=False))
+        for i in range(count)
+    ]
+
+
+def assert_arrived(arrived: NamedTensors, weights: NamedTensors) -> None:
+    assert [name for name, _ in arrived] == [name for name, _ in weights]
+    for (name, there), (_, here) in zip(arrived, weights, strict=True):
+        assert torch.equal(there, here), name
+        assert (there.data_ptr() == here.data_ptr()) == isinstance(here, torch.nn.Parameter), name
+
+
+@pytest.mark.parametrize("count", [1, _MAPPED_TOGETHER, _MAPPED_TOGETHER + 1, 3 * _MAPPED_TOGETHER])
+def test_lasting_tensors_come_in_frames_of_a_certain_size(count: int, link: Link) -> None:
+    weights = lasting(count)
+    arrived, frames = link.bring(weights)
+    assert_arrived(arrived, weights)
+    full, left = divmod(count, _MAPPED_TOGETHER)
+    assert frames == [_MAPPED_TOGETHER] * full + [left] * bool(left)
+
+
+def test_tensors_that_were_told_of_are_not_looked_for_again(link: Link) -> None:
+    weights = lasting(_MAPPED_TOGETHER + 5)
+    for step in range(3):
+        for _, tensor in weights:
+            tensor.add_(step)
+        assert_arrived(link.bring(weights)[0], weights)
+        assert link.far.looked == len(weights)
+
+
+@pytest.mark.parametrize("changed", [0, _MAPPED_TOGETHER - 1, _MAPPED_TOGETHER, 2 * _MAPPED_TOGETHER + 4])
+def test_frames_from_the_first_tensor_that_moved_on_are_told_anew(changed: int, link: Link) -> None:
+    weights = lasting(2 * _MAPPED_TOGETHER + 5)
+    link.bring(weights)
+    weights[changed] = weights[changed][0], torch.nn.Parameter(weights[changed][1].clone(), requires_grad=False)
+    for _ in range(2):
+        assert_arrived(link.bring(weights)[0], weights)
+
+
+@pytest.mark.parametrize("count", [0, 1, _MAPPED_TOGETHER, _MAPPED_TOGETHER + 4, 2 * _MAPPED_TOGETHER + 40])
+def test_streams_may_become_shorter_and_longer(count: int, link: Link) -> None:
+    for weights in (lasting(2 * _MAPPED_TOGETHER), lasting(count, seed=1), lasting(2 * _MAPPED_TOGETHER)):
+        assert_arrived(link.bring(weights)[0], weights)
+
+
+def test_packed_tensors_between_lasting_ones_keep_their_turn(link: Link) -> None:
+    for step in range(3):
+        weights: NamedTensors = []
+        for name, tensor in lasting(_MAPPED_TOGETHER + 9):
+            weights.append((name, tensor))
+            if len(weights) % 7 == step:
+                weights += [(f"packed {len(weights)} {i}", torch.full((40, 5), step + i)) for i in range(3)]
+        assert_arrived(link.bring(weights)[0], weights)
