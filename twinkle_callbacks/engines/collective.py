@@ -63,9 +63,8 @@ class _Group:
 
     def leave(self) -> None:
         """Lets go of everything; on the engine's thread if there is one."""
-        for end in (self.sender, self.receiver):
-            if end is not None:
-                end.close()
+        if self.receiver is not None:
+            self.receiver.close()
         self.hang_up()
         if self.rendezvous is not None:
             self.rendezvous.close()
