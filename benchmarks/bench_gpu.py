@@ -61,8 +61,9 @@ def in_a_process(args: argparse.Namespace, name: str, link: Connection) -> None:
         link.send((measured(args, name), ""))
     except NotRunError as reason:
         link.send(([], str(reason)))
-    except BaseException:  # told to the parent, whatever it is
-        link.send(([], traceback.format_exc()))
+    except BaseException as error:  # told to the parent, whatever it is
+        traceback.print_exc()
+        link.send(([], f"{type(error).__name__}: {error}"))
 
 
 def run(args: argparse.Namespace, name: str) -> tuple[list[dict[str, Any]], str]:
