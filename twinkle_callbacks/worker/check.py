@@ -34,7 +34,7 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 HEAD = "lm_head.weight"
 
 
-class _WriteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
+class WriteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Counts the elements written into each storage, and refuses copies between different shapes."""
 
     def __init__(self) -> None:
@@ -84,14 +84,14 @@ class LoadCheck:
 
     def _load(self, specs: tuple[TensorSpec, ...]) -> None:
         with shadow_model(self._vllm_config) as model:
-            counter = _WriteCounter()
+            counter = WriteCounter()
             refused: list[str] = []
             silent: list[str] = []
             try:
                 with counter:
                     model.load_weights(_noting_silent(_meta_tensors(specs), counter, silent))
             except Exception:  # the loaders have no error type of their own; `_refusals` finds out which tensors it was
-                counter = _WriteCounter()
+                counter = WriteCounter()
                 refused = _refusals(model, specs, counter)
             missing = [
                 f"{name} ({counter.written(parameter) / parameter.numel():.0%} of it sent)"
@@ -109,7 +109,7 @@ class LoadCheck:
 
 
 def _noting_silent(
-    tensors: NamedTensors, counter: _WriteCounter, silent: list[str]
+    tensors: NamedTensors, counter: WriteCounter, silent: list[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same tensors; adds to `silent` the names of those after which nothing was written."""
     for name, tensor in tensors:
@@ -120,7 +120,7 @@ def _noting_silent(
 
 
 def _writes_nothing(model: Any, spec: TensorSpec) -> bool:
-    counter = _WriteCounter()
+    counter = WriteCounter()
     # A loader complains here about the head of tied embeddings, which it left out when the embeddings came with it.
     with contextlib.suppress(Exception), counter:
         model.load_weights(_meta_tensors([spec]))
@@ -134,7 +134,7 @@ def _has_twin(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     return any(torch.equal(tensor, other) for other in others)
 
 
-def _refusals(model: Any, specs: Sequence[TensorSpec], counter: _WriteCounter) -> list[str]:
+def _refusals(model: Any, specs: Sequence[TensorSpec], counter: WriteCounter) -> list[str]:
     """Loads one tensor at a time to find all that the loader refuses."""
     refused = []
     for spec in specs:

@@ -214,7 +214,7 @@ def _check_nothing_on_meta(model: torch.nn.Module) -> None:
         )
 
 
-def _forget_cpu_moe_kernels(layers: Iterable[torch.nn.Module]) -> None:
+def _forget_cpu_moe_kernels(reloaded: Iterable[torch.nn.Module]) -> None:
     """Makes the reload set up the experts' kernels as the first load does.
 
     On CPU the kernel computes with packed expert weights, but packs them only when it is made: a layerwise reload
@@ -225,7 +225,7 @@ def _forget_cpu_moe_kernels(layers: Iterable[torch.nn.Module]) -> None:
 
     if not current_platform.is_cpu():
         return
-    for module in (module for layer in layers for module in layer.modules()):
+    for module in (module for layer in reloaded for module in layer.modules()):
         method = getattr(module, "quant_method", None)
         if method is not None and getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None

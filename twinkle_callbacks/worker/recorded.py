@@ -65,7 +65,7 @@ class Rest(NamedTuple):
     def replay(self, tensors: Tensors) -> None:
         self.reload([(name, tensors[name]) for name in self.names], self.layers)
 
-    def made(self, places: Iterable[_Place]) -> list[torch.Tensor]:
+    def made(self, places: Iterable[Place]) -> list[torch.Tensor]:
         """Those of the model's tensors that only processing has made, and a reload has to make anew."""
         reloaded = self.storages()
         others = [place.home for place in places if place.title not in self.known and place.home.numel()]
@@ -73,13 +73,13 @@ class Rest(NamedTuple):
 
     def storages(self) -> set[int]:
         """Those of all tensors of the layers."""
-        return {_storage(place.home) for layer in self.layers for place in _places(layer) if place.home.numel()}
+        return {_storage(place.home) for layer in self.layers for place in places_in(layer) if place.home.numel()}
 
 
 class RecordedCopies:
     """What the loader copies into one model from tensors of certain names and layouts. Made by `record`."""
 
-    def __init__(self, places: list[_Place], layouts: Layouts, writes: Writes, rest: Rest | None) -> None:
+    def __init__(self, places: list[Place], layouts: Layouts, writes: Writes, rest: Rest | None) -> None:
         self._places, self._layouts, self._writes, self._rest = places, layouts, writes, rest
 
     @classmethod
@@ -107,7 +107,7 @@ class RecordedCopies:
             NotRecordedError: the load is more than copies, or their replay gives something else.
             Exception: whatever the loader raises. After either, all tensors are in place, but must be loaded again.
         """
-        places = list(_places(model))
+        places = list(places_in(model))
         expected = _digests(places, digest)
         _check_apart(places, tensors)
         loaded = set() if rest is None else set(rest.names)
@@ -120,13 +120,13 @@ class RecordedCopies:
                 raise NotRecordedError("the loader wrote nothing")
             if rest is not None:
                 recorder.check_all_copied()
-            _check_same(places, list(_places(model)))
+            _check_same(places, list(places_in(model)))
             _compare("a load without a reload leaves other values", expected, _digests(places, digest))
             layouts = layouts_of(tensors) if layouts is None else layouts
             record = cls(places, layouts, Writes(recorder.writes, copied), rest)
             record._spoil()
             record.replay(tensors)
-            _check_same(places, list(_places(model)))
+            _check_same(places, list(places_in(model)))
             _compare("repeating the copies leaves other values", expected, _digests(places, digest))
         except BaseException:
             for place in places:
@@ -174,7 +174,7 @@ class RecordedCopies:
                 target.view(_WORDS[target.element_size()]).fill_(-1)
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a tensor is registered: under a name in the parameters or buffers of a layer, at an address."""
 
     title: str
@@ -193,28 +193,29 @@ class _Place(NamedTuple):
             self.tensor.data = self.home
 
 
-def _places(model: torch.nn.Module) -> Iterator[_Place]:
+def places_in(model: torch.nn.Module) -> Iterator[Place]:
+    """Every parameter and buffer of a model, under each of its titles."""
     for prefix, module in model.named_modules():
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
                 if tensor is not None:
                     title = f"{prefix}.{name}" if prefix else name
-                    yield _Place(title, registry, name, tensor, tensor.detach(), tensor.data_ptr())
+                    yield Place(title, registry, name, tensor, tensor.detach(), tensor.data_ptr())
 
 
-def _check_apart(places: list[_Place], tensors: Tensors) -> None:
+def _check_apart(places: list[Place], tensors: Tensors) -> None:
     if {_storage(p.home) for p in places if p.home.numel()} & {_storage(t) for t in tensors.values() if t.numel()}:
         raise NotRecordedError("tensors to load lie in the memory of the model")
 
 
-def _check_same(before: list[_Place], after: list[_Place]) -> None:
+def _check_same(before: list[Place], after: list[Place]) -> None:
     known = {place.title for place in before}
     other = [p.title for p in before if not p.is_unchanged()] + [p.title for p in after if p.title not in known]
     if other:
         raise NotRecordedError(f"the loader replaced or added tensors: {first_few(other)}")
 
 
-def _digests(places: list[_Place], digest: Digest) -> dict[str, int]:
+def _digests(places: list[Place], digest: Digest) -> dict[str, int]:
     once = {id(place.tensor): place for place in places if place.home.numel()}  # tied ones are in several places
     return {place.title: digest(place.home) for place in once.values()}
 
@@ -236,7 +237,7 @@ def layouts_of(tensors: Tensors) -> Layouts:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Notes the copies from given tensors into registered ones, and refuses all else that touches either."""
 
-    def __init__(self, places: list[_Place], tensors: Tensors, reloaded: set[int]) -> None:
+    def __init__(self, places: list[Place], tensors: Tensors, reloaded: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.writes: list[Copy | Fill] = []
         self._reloaded = reloaded

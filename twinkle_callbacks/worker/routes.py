@@ -6,15 +6,14 @@ parameters and buffers, and with which nothing else is done, goes where these ar
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from twinkle_callbacks.worker.recorded import Layouts
+from twinkle_callbacks.worker.check import WriteCounter
+from twinkle_callbacks.worker.recorded import Layouts, places_in
 
 
 class Routes(NamedTuple):
@@ -42,53 +41,38 @@ def find_routes(shadow: Any, layers: Iterable[str], layouts: Layouts) -> Routes:
         AttributeError: there is no such layer.
         Exception: whatever the loader raises.
     """
-    own = {_storage(tensor) for layer in layers for _, tensor in _tensors(shadow.get_submodule(layer))}
-    registered = [(title, tensor, _storage(tensor)) for title, tensor in _tensors(shadow)]
-    kept = [tensor.untyped_storage() for _, tensor, _ in registered]  # so that no other gets one's identity meanwhile
+    own = {_storage(place.home) for layer in layers for place in places_in(shadow.get_submodule(layer))}
+    registered = list(places_in(shadow))
     given = {name: torch.empty(layout[1], dtype=layout[0], device="meta") for name, layout in layouts.items()}
-    with torch.no_grad(), _Watch(given, {storage for _, _, storage in registered}) as watch:
+    with torch.no_grad(), _Watch(given, {_storage(place.home) for place in registered}) as watch:
         shadow.load_weights(given.items())
-    del kept
     past = {name for name, targets in watch.targets.items() if targets and not targets & own} - watch.lost
-    filled = [title for title, tensor, storage in registered if watch.written[storage] >= tensor.numel() > 0]
+    filled = frozenset(p.title for p in registered if watch.written(p.home) >= p.home.numel() > 0)
     into = [name for name in given if name not in past]
-    known = frozenset(title for title, _, _ in registered)
-    return Routes(into, [name for name in given if name in past], frozenset(filled), known)
+    known = frozenset(place.title for place in registered)
+    return Routes(into, [name for name in given if name in past], filled, known)
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every registered tensor under each of its titles."""
-    for prefix, each in module.named_modules():
-        for name, tensor in (*each._parameters.items(), *each._buffers.items()):
-            if tensor is not None:
-                yield f"{prefix}.{name}" if prefix else name, tensor
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
-    """Notes into which storages given tensors are copied, and with which of them anything else is done.
+class _Watch(WriteCounter):  # type: ignore[no-untyped-call]  # as its base
+    """Notes too into which storages given tensors are copied, and with which of them anything else is done.
 
     Attributes:
         targets: the storages, by the name of the tensor.
         lost: names of the tensors whose way cannot be followed.
-        written: elements written into each storage.
     """
 
     def __init__(self, given: dict[str, torch.Tensor], registered: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        super().__init__()
         self.targets: dict[str, set[int]] = {name: set() for name in given}
         self.lost: set[str] = set()
-        self.written: Counter[int] = Counter()
         self._names = {_storage(tensor): name for name, tensor in given.items()}
         self._registered = registered
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        result = func(*args, **(kwargs or {}))
-        if func in (aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default):
-            self.written[_storage(args[0])] += args[0].numel()
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         operands = [_storage(leaf) for leaf in tree_leaves((args, kwargs)) if _has_elements(leaf)]
         names = {self._names[storage] for storage in operands if storage in self._names}
-        if func is aten.copy_.default and len(names) == 1 and _storage(args[0]) in self._registered:
+        if func is torch.ops.aten.copy_.default and len(names) == 1 and _storage(args[0]) in self._registered:
             self.targets[names.pop()].add(_storage(args[0]))
         elif func._schema.is_mutable or not _are_views(result, operands):
             self.lost |= names
