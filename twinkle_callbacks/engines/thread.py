@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 CLOSE_S = 1.0
+"""How long a thread is waited for that has nothing more to do."""
 
 
 class EngineThread:
@@ -39,7 +40,7 @@ class EngineThread:
         self._calls.put((future, call))
         return future
 
-    def abandon(self, error: Exception, last: Callable[[], None], patience_s: float) -> None:
+    def abandon(self, error: Exception, last: Callable[[], None] = lambda: None, patience_s: float = CLOSE_S) -> None:
         """Fails every call that has not ended, and ends the thread after one more call.
 
         Args:

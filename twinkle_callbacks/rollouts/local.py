@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.adapter_versions import new_version, next_id
 from twinkle_callbacks.config import BACKEND
-from twinkle_callbacks.engines.thread import EngineThread
+from twinkle_callbacks.engines.thread import CLOSE_S, EngineThread
 from twinkle_callbacks.errors import ConfigError, DeadlineError, RolloutError, RolloutUnreachableError, TwinkleError
 from twinkle_callbacks.rollouts.base import Rollout
 
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LIVENESS_S = 0.25
-CLOSE_S = 1.0
 
 
 class LocalRollout(Rollout):
@@ -217,17 +216,14 @@ class LocalRollout(Rollout):
             )
         return self._adapters[name]
 
-    def close(self) -> None:
+    def close(self, patience_s: float = CLOSE_S) -> None:
         """Leaves the engine as it is: it belongs to the caller."""
-        self._end_thread(CLOSE_S)
-
-    def __del__(self) -> None:  # dropped without close()
-        self._end_thread(0.0)
-
-    def _end_thread(self, patience_s: float) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
-            thread.abandon(RolloutError("the local rollout was closed"), _nothing, patience_s)
+            thread.abandon(RolloutError("the local rollout was closed"), patience_s=patience_s)
+
+    def __del__(self) -> None:  # dropped without close()
+        self.close(0.0)
 
     def _call(self, method: str, *args: Any) -> Any:
         try:
@@ -256,7 +252,3 @@ class LocalRollout(Rollout):
                 self.close()
                 raise DeadlineError(f"the local vLLM did not answer {method} within {self.timeout_s:g} s")
         return outcome.result()
-
-
-def _nothing() -> None:
-    """Ends a thread that has nothing to let go of."""
