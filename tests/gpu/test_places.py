@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from twinkle_callbacks.engines.backend import Place
 from twinkle_callbacks.engines.ipc import IPCBackend
 
 MIB = 1 << 20
@@ -31,29 +32,30 @@ def zeros(nbytes: int) -> torch.Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
 
 
+def placed(backend: IPCBackend, tensor: torch.Tensor) -> Place:
+    place = backend.place_of(tensor)
+    assert place is not None
+    return place
+
+
 def test_tensors_of_one_allocation_are_told_apart_by_their_offsets(backend: IPCBackend) -> None:
     tensors = [zeros(1024) for _ in range(3)]
-    places = [backend.place_of(tensor) for tensor in tensors]
-    assert len({place.ticket for place in places if place}) == 1
+    places = [placed(backend, tensor) for tensor in tensors]
+    assert len({place.ticket for place in places}) == 1
     addresses = [tensor.data_ptr() for tensor in tensors]
-    offsets = [place.offset for place in places if place]
+    offsets = [place.offset for place in places]
     assert [each - offsets[0] for each in offsets] == [each - addresses[0] for each in addresses]
-    large = backend.place_of(zeros(64 * MIB))
-    assert large is not None
-    assert large.ticket != places[0].ticket  # type: ignore[union-attr]
+    assert placed(backend, zeros(64 * MIB)).ticket != places[0].ticket
 
 
 def test_memory_that_was_given_back_and_taken_again_is_another_allocation(backend: IPCBackend) -> None:
     tensor = zeros(64 * MIB)
-    before = backend.place_of(tensor)
+    before = placed(backend, tensor)
     del tensor
     torch.cuda.empty_cache()
     again = zeros(64 * MIB)
     backend.begin_stream()
-    after = backend.place_of(again)
-    assert before is not None
-    assert after is not None
-    assert after.ticket != before.ticket
+    assert placed(backend, again).ticket != before.ticket
 
 
 @pytest.mark.usefixtures("expandable_segments")

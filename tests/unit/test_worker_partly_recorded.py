@@ -54,6 +54,14 @@ def committer(model: PartlyFit, **settings: Any) -> Committer:
     return Committer(model, None, CPU, **settings)
 
 
+def assert_all_is_loaded(committing: Committer, model: PartlyFit, kind: type[PartlyFit]) -> None:
+    """Two commits through the loader, each of which leaves the values of a model of this kind that was just loaded."""
+    for seed in range(2):
+        committing.commit(weights(seed))
+        assert committing.last_way == "loader"
+        assert values(model) == values(loaded(kind, weights(seed)))
+
+
 def test_only_the_layers_that_hold_more_than_copies_go_through_the_loader(caplog: pytest.LogCaptureFixture) -> None:
     model = loaded(PartlyFit, weights(9))
     before = memory(model)
@@ -166,10 +174,7 @@ def test_a_loader_that_treats_parts_otherwise_is_given_all(
     model = loaded(kind, weights(9))
     committing = committer(model)
     with caplog.at_level(logging.INFO, "vllm.twinkle_callbacks"):
-        for seed in range(2):
-            committing.commit(weights(seed))
-            assert committing.last_way == "loader"
-            assert values(model) == values(loaded(PartlyFit, weights(seed)))
+        assert_all_is_loaded(committing, model, PartlyFit)
     assert len(caplog.records) == 1
     assert why in caplog.text
 
@@ -191,10 +196,7 @@ def test_a_reload_that_leaves_a_layer_out_is_refused(
     model = loaded(Waits, weights(9))
     committing = committer(model)
     with caplog.at_level(logging.INFO, "vllm.twinkle_callbacks"):
-        for seed in range(2):
-            committing.commit(weights(seed))
-            assert committing.last_way == "loader"
-            assert values(model) == values(loaded(PartlyFit, weights(seed)))
+        assert_all_is_loaded(committing, model, PartlyFit)
     assert "leaves other values in 1 of 7 tensors: packed.weight" in caplog.text
 
 
@@ -212,10 +214,7 @@ def test_a_loader_that_leaves_a_fit_layer_to_the_recorded_copies_is_refused(capl
     model = loaded(Computes, weights(9))
     committing = committer(model)
     with caplog.at_level(logging.INFO, "vllm.twinkle_callbacks"):
-        for seed in range(2):
-            committing.commit(weights(seed))
-            assert committing.last_way == "loader"
-            assert values(model) == values(loaded(Computes, weights(seed)))
+        assert_all_is_loaded(committing, model, Computes)
     assert "leaves other values in 1 of 7 tensors: norm.bias" in caplog.text
 
 

@@ -65,9 +65,9 @@ def committer(model: PartlyFit) -> Committer:
     return Committer(model, Config, CPU, shadow=partial(shadow, type(model)), obstacle=lambda model: "")
 
 
-def test_a_partial_commit_is_a_full_reload(model: PartlyFit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.model_loader.reload import layerwise
-
+def test_a_partial_commit_is_a_full_reload(
+    model: PartlyFit, layerwise: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     complaints: list[Any] = []
     monkeypatch.setattr(layerwise.logger, "warning", lambda *args: complaints.append(args))
     before = memory(model)
