@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +15,11 @@ from twinkle_callbacks.errors import DeadlineError, EngineError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+
+# Gloo has no error types, only texts (gloo/transport/tcp): the wait that runs out says "Timed out waiting ...", and
+# closes the pairs, so that all other waits say "Application timeout caused pair closure". Which is seen first is a race.
+_TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
 
 
 class _GlooWork:
@@ -29,8 +35,7 @@ class _GlooWork:
             work.wait()
         except RuntimeError as error:
             del work  # the error's traceback keeps this frame
-            # Gloo has no error types, only texts such as "Timed out waiting" (gloo/transport/tcp).
-            if "timed out" in str(error).lower():
+            if _TIMEOUT.search(str(error)):
                 raise DeadlineError(
                     f"a broadcast took longer than {self._timeout_s:g} s: a peer is stuck or slow; "
                     f"raise timeout_s if it is only slow"
