@@ -66,8 +66,14 @@ class LoopbackBackend(CollectiveBackend):
 
     wires: ClassVar[dict[str, queue.SimpleQueue[Sent | bytes | None]]] = {}
 
-    def __init__(self, rank: int = 0, wire: queue.SimpleQueue[Any] | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        wire: queue.SimpleQueue[Any] | None = None,
+        piece_bytes: int = CollectiveBackend.piece_bytes,
+    ) -> None:
         self.rank, self.wire = rank, wire or queue.SimpleQueue()
+        self.piece_bytes = piece_bytes
 
     def connect(self, store: Any, rank: int, world_size: int, *, host: str, timeout_s: float) -> None:
         self.rank = rank

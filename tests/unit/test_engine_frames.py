@@ -31,26 +31,23 @@ class Link:
     def __init__(
         self,
         bucket: int = BUCKET,
-        piece: int = frames.PIECE_BYTES,
+        piece: int = LoopbackBackend.piece_bytes,
         verify: tuple[bool, bool] = (True, True),
         cached: int = sender._CACHED_BYTES,
     ) -> None:
-        self.piece = piece
         self.wire: queue.SimpleQueue[Any] = queue.SimpleQueue()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sender, "_CACHED_BYTES", cached)
-            self.sender = FrameSender(LoopbackBackend(0, self.wire), bucket, verify=verify[0])
-        self.receiver = FrameReceiver(LoopbackBackend(1, self.wire), bucket, verify=verify[1])
+            self.sender = FrameSender(LoopbackBackend(0, self.wire, piece), bucket, verify=verify[0])
+        self.receiver = FrameReceiver(LoopbackBackend(1, self.wire, piece), bucket, verify=verify[1])
 
     def receive(self) -> Iterator[tuple[str, torch.Tensor]]:
         while (bucket := self.receiver.next_bucket()) is not None:
             yield from bucket
 
     def carry(self, stream: NamedTensors) -> list[Any]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(frames, "PIECE_BYTES", self.piece)
-            self.stats = self.sender.send(iter(stream))
-            arrived = picture(self.receive())
+        self.stats = self.sender.send(iter(stream))
+        arrived = picture(self.receive())
         assert self.wire.empty(), "bytes were sent that nobody read"
         return arrived
 

@@ -6,8 +6,8 @@ A BUCKET frame describes the tensors in its payload; a layout that was sent befo
 is a bucket that is announced before it is filled; the CLOSE frame after its payload says how many of its tensors count,
 fewer than announced where the stream went on otherwise. A MAPPED frame has no payload: it says where the next tensors
 lie in the sender's own memory, for receivers that see it; SHARE, that it makes buckets there. An END frame carries the
-digests; an ERROR frame the sender's error. Lengths come first, so only used bytes are sent; a payload goes in pieces of
-at most `PIECE_BYTES`, so that several are on their way at a time.
+digests; an ERROR frame the sender's error. Lengths come first, so only used bytes are sent; a payload goes in pieces,
+several of which are on their way at a time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import xxhash
 
 from twinkle_callbacks.errors import ProtocolError, text_of
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 BLOCK_BYTES = 4 << 10  # each message costs a round trip, its size hardly anything
 CONTROL_BYTES = 64
-PIECE_BYTES = 32 << 20
 MAX_HEADER_BYTES = 64 << 20  # some 700,000 tensors in one bucket
 _MAGIC = b"TWKL"
 _CONTROL = struct.Struct("<4sBBBxIQQ16sI16x")
@@ -173,10 +172,10 @@ def header_in(block: bytes, control: Control) -> bytes | None:
     return block[CONTROL_BYTES:end] if end <= BLOCK_BYTES else None
 
 
-def pieces(payload_bytes: int) -> list[tuple[int, int]]:
+def pieces(payload_bytes: int, piece_bytes: int) -> list[tuple[int, int]]:
     """First and last byte (exclusive) of each piece of a payload."""
-    starts = range(0, payload_bytes, PIECE_BYTES)
-    return [(start, min(start + PIECE_BYTES, payload_bytes)) for start in starts]
+    starts = range(0, payload_bytes, piece_bytes)
+    return [(start, min(start + piece_bytes, payload_bytes)) for start in starts]
 
 
 def encode(header: Any) -> bytes:

@@ -42,6 +42,9 @@ class CollectiveBackend(ABC):
     shares: ClassVar[bool] = False
     """Whether receivers see the master's buckets in its own memory; else each rank has two of its own."""
 
+    piece_bytes: int = 32 << 20
+    """How much of a bucket one `broadcast` carries, at most: few enough calls, yet several under way at a time."""
+
     @classmethod
     def device(cls) -> int | None:
         """Index of the GPU on which the engine made by this thread is to work; None where it works on the CPU.

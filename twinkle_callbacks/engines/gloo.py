@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Gloo has no error types, only texts (gloo/transport/tcp): the wait that runs out says "Timed out waiting ...", and
-# closes the pairs, so that all other waits say "Application timeout caused pair closure". Which is seen first is a race.
+# closes the pairs, so all other waits say "Application timeout caused pair closure". Which is seen first is a race.
 _TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
 
 

@@ -1,7 +1,7 @@
 """Buckets that receivers see in the master's own memory: no byte is sent, only word of what is filled and what read.
 
-What little does travel, control blocks and headers, goes through Gloo, as does the word: one byte, broadcast, says that
-a slice is filled; one byte back, from each receiver, that a bucket may be filled again.
+What little does travel, control blocks and headers, goes through Gloo, as do words, unless a subclass has a faster way:
+one byte, broadcast, says that a slice is filled; one byte back, from each receiver, that a bucket may be filled again.
 """
 
 from __future__ import annotations
@@ -111,10 +111,15 @@ class MappedBackend(GlooBackend):
             self._words[MAPPED] = self.start(lambda group: group.send([_word()], 0, MAPPED), "word of mapped buckets")
 
     def broadcast(self, buffer: torch.Tensor) -> Pending:
-        if not any(_holds(bucket, buffer) for bucket in self._buckets):
+        side = next((side for side, bucket in enumerate(self._buckets) if _holds(bucket, buffer)), None)
+        if side is None:
             return super().broadcast(buffer)
         if self._rank == 0:
             self.filled()
+        return self.word_of_filled(side)
+
+    def word_of_filled(self, side: int) -> Pending:
+        """Tells the receivers that the next slice of a bucket is filled; on a receiver, what waits until it is."""
         return super().broadcast(_word())
 
     def release(self, side: int) -> None:

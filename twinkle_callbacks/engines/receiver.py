@@ -178,7 +178,8 @@ class FrameReceiver:
             kind: of its frame.
             arrived: called with the number of bytes that are there, after each piece.
         """
-        under_way = [(end, self._backend.broadcast(place[begin:end])) for begin, end in pieces(layout.payload_bytes)]
+        cuts = pieces(layout.payload_bytes, self._backend.piece_bytes)
+        under_way = [(end, self._backend.broadcast(place[begin:end])) for begin, end in cuts]
         block = self._backend.allocate(CONTROL_BYTES)
         closing = self._backend.broadcast(block) if kind is Kind.PROMISE else None
         for end, piece in under_way:

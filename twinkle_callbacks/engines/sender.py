@@ -303,7 +303,7 @@ class FrameSender:
 
     def _start_pieces(self, bucket: _Bucket, payload_bytes: int, filled_bytes: int) -> None:
         """Puts those pieces of the payload on the wire that are filled."""
-        for begin, end in pieces(payload_bytes)[bucket.pieces_sent :]:
+        for begin, end in pieces(payload_bytes, self._backend.piece_bytes)[bucket.pieces_sent :]:
             if end > filled_bytes:
                 return
             self._start(self._buffers[bucket.side][begin:end])

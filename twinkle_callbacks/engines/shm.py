@@ -1,8 +1,8 @@
 """Shared memory: trainer and rollouts on one host, CPU tensors, no copy through a socket.
 
 The master packs into two files in memory, which receivers map and read in place. Each byte is copied once before a
-receiver sees it. A file's name is gone as soon as all have mapped it, so that nothing is left behind by a process that
-is killed.
+receiver sees it. Names of files and pipes are gone as soon as all have opened them, so that nothing is left behind by a
+process that is killed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import ClassVar
 
 import torch
 
-from twinkle_callbacks.engines.backend import CollectiveBackend
+from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.collective import CollectiveCheckpointEngine
 from twinkle_callbacks.engines.mapped import MappedBackend
+from twinkle_callbacks.engines.pipes import PipeIn, PipesOut
 from twinkle_callbacks.errors import EngineError
 
 FOLDER = Path("/dev/shm")  # noqa: S108  # POSIX shared memory; names are random, and files are the user's own
@@ -26,11 +27,14 @@ PREFIX = "twinkle-"
 
 
 class SharedMemoryBackend(MappedBackend):
-    """Buckets are files in `/dev/shm`."""
+    """Buckets are files in `/dev/shm`, with a named pipe for each receiver beside each."""
+
+    piece_bytes = 8 << 20  # receivers digest a piece while it is in the cache that the cores share
 
     def __init__(self) -> None:
         super().__init__()
         self._files: list[Path] = []
+        self._pipes: list[PipesOut | PipeIn] = []
         weakref.finalize(self, _unlink, self._files)  # a process may end while a receiver has not mapped them yet
 
     def create(self, nbytes: int) -> tuple[torch.Tensor, bytes]:
@@ -42,6 +46,9 @@ class SharedMemoryBackend(MappedBackend):
                 os.posix_fallocate(handle, 0, nbytes)  # or a full folder would kill this process when it writes
             finally:
                 os.close(handle)
+            pipes = [_pipe_beside(path, rank) for rank in self._receivers]
+            self._files += pipes
+            self._pipes.append(PipesOut(pipes))
             return _mapped(path, nbytes), str(path).encode()
         except (OSError, RuntimeError) as error:
             self.all_mapped()
@@ -58,6 +65,7 @@ class SharedMemoryBackend(MappedBackend):
             found = path.lstat()
             if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
                 raise OSError(f"it has another size than this side's bucket_size={nbytes}")
+            self._pipes.append(PipeIn(_pipe_beside(path, self._rank), self._timeout_s))
             return _mapped(path, nbytes)
         except (OSError, RuntimeError) as error:
             raise EngineError(
@@ -69,8 +77,16 @@ class SharedMemoryBackend(MappedBackend):
     def all_mapped(self) -> None:
         _unlink(self._files)
 
+    def word_of_filled(self, side: int) -> Pending:
+        pipe = self._pipes[side]
+        if isinstance(pipe, PipesOut):
+            pipe.tell()
+        return pipe
+
     def close(self) -> None:
         self.all_mapped()
+        while self._pipes:
+            self._pipes.pop().close()
         super().close()
 
 
@@ -79,6 +95,10 @@ class SharedMemoryCheckpointEngine(CollectiveCheckpointEngine):
 
     name: ClassVar[str] = "shm"
     backend_cls: ClassVar[type[CollectiveBackend]] = SharedMemoryBackend
+
+
+def _pipe_beside(bucket: Path, rank: int) -> Path:
+    return bucket.with_name(f"{bucket.name}.{rank}")
 
 
 def _unlink(files: list[Path]) -> None:
