@@ -181,7 +181,9 @@ class Comparison:
             try:
                 self._measure_memory([way])
                 self._take_turns([way])
-            except torch.OutOfMemoryError:
+            except Exception as error:  # vLLM tells what happened in its process by its text alone
+                if "out of memory" not in str(error):
+                    raise
                 self.out_of_memory.append(way.name)
                 self.series.pop(way.name, None)
                 return

@@ -26,6 +26,7 @@ def expandable_segments() -> Iterator[None]:
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     yield
     torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+    torch.cuda.empty_cache()  # or later tensors would lie in what is kept of the segments
 
 
 def zeros(nbytes: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def placed(backend: IPCBackend, tensor: torch.Tensor) -> Place:
 
 
 def test_tensors_of_one_allocation_are_told_apart_by_their_offsets(backend: IPCBackend) -> None:
-    tensors = [zeros(1024) for _ in range(3)]
+    tensors = zeros(3 * 1024).split(1024)
     places = [placed(backend, tensor) for tensor in tensors]
     assert len({place.ticket for place in places}) == 1
     addresses = [tensor.data_ptr() for tensor in tensors]
