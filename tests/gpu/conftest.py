@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common import machine
 from tests.gpu.served import host, make_policy
+
+
+def pytest_report_header() -> str:
+    """The machine, for logs that are kept."""
+    from vllm.version import __version__
+
+    described = {**machine(), "vllm": __version__}
+    return ", ".join(f"{what} {value}" for what, value in described.items())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
