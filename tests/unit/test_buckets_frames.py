@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from twinkle_callbacks.buckets.frames import (
     CONTROL_BYTES,
+    PROTOCOL_VERSION,
     Control,
     End,
     Entry,
@@ -54,7 +55,7 @@ def test_block_of_another_program_is_refused() -> None:
 
 
 def test_block_of_another_version_is_refused_and_both_versions_are_named() -> None:
-    with pytest.raises(ProtocolError, match=r"protocol 99, this side 2.*same version"):
+    with pytest.raises(ProtocolError, match=rf"protocol 99, this side {PROTOCOL_VERSION}.*same version"):
         Control.unpack(GOOD[:4] + b"\x63" + GOOD[5:], 7)
 
 

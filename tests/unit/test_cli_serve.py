@@ -158,9 +158,12 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def command() -> Iterator[subprocess.Popen[str]]:
     arguments = ["-m", "twinkle_callbacks.cli.main", "serve", "some/model", "--port", "0", "--fake-child"]
+    # A job in the background inherits that SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    signal.signal(signal.SIGINT, before)
     yield process
     if process.poll() is None:
         process.kill()
