@@ -159,7 +159,8 @@ class WeightSync:
             return
         self._stepped.clear()
         # Both verdicts count: the wrapper's is wrong for fused optimizers under AMP, and the watch sees torch's only.
-        changed, skipped = self._watch.take(), all(each.step_was_skipped for each in self._optimizers)
+        concerned = [each for each in self._optimizers if self._watch.concerns(each.optimizer)] or self._optimizers
+        changed, skipped = self._watch.take(), all(each.step_was_skipped for each in concerned)
         if changed is not False and not skipped and self._schedule.record_step():
             self.push()
 

@@ -45,9 +45,17 @@ class StepWatch:
         """Stops watching; may be called again."""
         self._handle.remove()
 
+    def concerns(self, optimizer: Any) -> bool:
+        """Whether a step of this optimizer may change the policy."""
+        inner = innermost(optimizer)
+        return id(inner) in self._partitioned or bool(self._held(inner))
+
+    def _held(self, optimizer: Any) -> list[torch.nn.Parameter]:
+        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._policy]
+
     def _on_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         if id(optimizer) not in self._partitioned:
-            held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._policy]
+            held = self._held(optimizer)
             if not held:
                 return
             # An FSDP1 rank may hold empty shards, which never get a gradient; it has to agree with the other ranks.

@@ -50,6 +50,36 @@ def test_one_skipped_optimizer_of_two_still_pushes_once(fake: type[RecordingSync
     assert_pushed(fake.made[0], truth, steps=1)
 
 
+class ActorCritic(torch.nn.Module):
+    """A policy, and a critic with an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.critic = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.policy(batch).square().mean() + self.critic(batch).square().mean()
+
+
+def test_a_skipped_step_of_the_policy_pushes_nothing_although_the_critic_steps(
+    fake: type[RecordingSynchronizer],
+) -> None:
+    accelerator, net = cases.amp_accelerator(), ActorCritic()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (net.policy, net.critic)]
+    loop = cases.Loop(net, lambda _: optimizers, accelerator)
+    with WeightSync(accelerator, loop.model, loop.prepared, module="policy"):
+        for overflows in (False, True, False):
+            accelerator.backward(loop.model(torch.ones(2, 4)))
+            if overflows:
+                net.policy.weight.grad[0, 0] = float("inf")
+            for each in loop.prepared:
+                each.step()
+            assert [each.step_was_skipped for each in loop.prepared] == [overflows, False]
+            for each in loop.prepared:
+                each.zero_grad()
+    assert fake.made[0].versions == [0, 1, 2]
+
+
 def test_an_optimizer_that_is_not_given_pushes_nothing(fake: type[RecordingSynchronizer]) -> None:
     net = SquaredOutput()
     loop, truth = cases.Loop(net, cases.two_sgd, Accelerator(cpu=True)), Truth(net)

@@ -127,8 +127,16 @@ def test_untied_head_for_a_server_with_a_tied_one_is_refused(tmp_path: Path) -> 
     assert answers(tied_llm) == before
     with torch.no_grad():
         untied.lm_head.weight.copy_(untied.model.embed_tokens.weight)
-    WeightSynchronizer(untied, rollouts=LocalRollout(tied_llm), timeout_s=60).open()  # sent twice, and the same
+    sync = WeightSynchronizer(untied, rollouts=LocalRollout(tied_llm), timeout_s=60)
+    sync.open()  # sent twice, and the same
     tied = build("llama", seed=1)
     tied.load_state_dict(untied.state_dict())
     tied.save_pretrained(tmp_path / "wanted")
-    assert answers(tied_llm) == fresh_answers(tmp_path / "wanted")
+    expected = fresh_answers(tmp_path / "wanted")
+    assert answers(tied_llm) == expected
+    with torch.no_grad():
+        untied.lm_head.weight.mul_(2.0)
+    with pytest.raises(SyncError, match="lm_head.weight was sent"):  # at a later push too, when training took them apart
+        sync.push(version=1)
+    sync.close()
+    assert answers(tied_llm) == expected

@@ -242,7 +242,8 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         layouts = layouts_of(stage.tensors)
         alike = layouts == self._taken
         stage.layouts = self._taken if alike else layouts  # the same object, which spares a comparison in the commit
-        stage.fits = alike and not with_lora  # adapters may have come since
+        # Adapters may have come since.
+        stage.fits = alike and not with_lora and not self._check.depends_on_values
         return self._base.id
 
     def _report_check(self) -> None:

@@ -63,7 +63,7 @@ class LoadCheck:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._vllm_config = vllm_config
         self._passed: tuple[TensorSpec, ...] | None = None
-        self._left_out: list[str] = []
+        self._left_out_heads: list[str] = []
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Passes if the loader takes these tensors and they fill the model.
@@ -75,12 +75,17 @@ class LoadCheck:
         if specs != self._passed:
             self._load(specs)
             self._passed = specs
-        for name in self._left_out:
-            if name.endswith(HEAD) and not _has_twin(name, tensors):
+        for name in self._left_out_heads:
+            if not _has_twin(name, tensors):
                 raise WeightMismatchError(
                     f"{name} was sent, but vLLM ties the output head of its model to the embeddings and leaves it out; "
                     f"serve a configuration with tie_word_embeddings=False, or tie them in the trainer"
                 )
+
+    @property
+    def depends_on_values(self) -> bool:
+        """Whether the tensors that passed last may not pass with other values: one has to equal another."""
+        return bool(self._left_out_heads)
 
     def _load(self, specs: tuple[TensorSpec, ...]) -> None:
         with shadow_model(self._vllm_config) as model:
@@ -103,7 +108,7 @@ class LoadCheck:
             left_out = [spec.name for spec in retried if spec.name in silent and _writes_nothing(model, spec)]
         if refused or missing:
             raise WeightMismatchError(_explain(refused, missing, specs))
-        self._left_out = left_out
+        self._left_out_heads = [name for name in left_out if name.endswith(HEAD)]
         if left_out:
             logger.warning("vLLM's loader leaves out %d of %d: %s", len(left_out), len(specs), first_few(left_out))
 
