@@ -126,10 +126,12 @@ class WeightSyncCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in `setup`: sharded strategies restore the checkpoint after it.
-        self._synchronizer = WeightSynchronizer(pl_module, **self._options)
+        # With what the strategy wrapped around it: under FSDP1, parameters that have no unit of their own lie there.
+        model = pl_module if trainer.model is None else trainer.model
+        self._synchronizer = WeightSynchronizer(model, **self._options)
         if self._schedule.version == 0 and trainer.global_step:  # a checkpoint of a run without this callback
             self._schedule.load_state_dict({"steps": trainer.global_step})
-        policy = select(pl_module, self.settings.module)
+        policy = select(model, self.settings.module)
         self._watch = StepWatch(policy.parameters(), trainer.optimizers)
         self._log(trainer, self._synchronizer.open(self._schedule.version))
 

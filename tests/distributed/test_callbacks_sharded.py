@@ -21,10 +21,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from tests.distributed.launch import run_ranks
 from tests.tiny_models import VOCAB, build
@@ -38,7 +39,7 @@ WORLD, BATCHES = 2, 5
 
 
 @pytest.mark.parametrize(
-    "case", ["lightning_ddp", "lightning_fsdp2", "accelerate_ddp", "accelerate_fsdp2", "trainer_ddp"]
+    "case", ["lightning_ddp", "lightning_fsdp1", "lightning_fsdp2", "accelerate_ddp", "accelerate_fsdp2", "trainer_ddp"]
 )
 def test_all_ranks_push_the_final_weights_of_each_real_step(case: str) -> None:
     first, second = (pushed(log) for log in run_ranks(Path(__file__), WORLD, 240, {"CASE": case}))
@@ -88,11 +89,12 @@ class WithLoss(torch.nn.Module):
 class Truth:
     """Gathers by itself after each batch and keeps the weights that differ from the ones before."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.changes = model, [gathered(model)]
+    def __init__(self, model: torch.nn.Module, module: str = "policy") -> None:
+        self.model, self.module = model, module
+        self.changes = [gathered(model, module)]
 
     def look(self) -> None:
-        now = gathered(self.model)
+        now = gathered(self.model, self.module)
         if not same(now, self.changes[-1]):
             self.changes.append(now)
 
@@ -118,8 +120,10 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def run_lightning(strategy: str) -> None:
     import lightning.pytorch as pl
+    from lightning.pytorch import strategies
     from lightning.pytorch.strategies import ModelParallelStrategy
 
+    from tests.distributed.config_shims import allow_cpu
     from tests.unit import lightning_cases as cases
     from twinkle_callbacks import lightning
 
@@ -139,14 +143,25 @@ def run_lightning(strategy: str) -> None:
     class Watcher(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
             assert isinstance(trainer.model, DistributedDataParallel) == (strategy == "ddp")
-            assert is_sharded(module) == (strategy == "fsdp2")
-            self.truth = Truth(module.net)
+            if strategy == "fsdp1":
+                assert isinstance(trainer.model, FullyShardedDataParallel)
+                assert any("embed_tokens" in name for name in trainer.model._handle.flat_param._fqns), (
+                    "in the outer unit"
+                )
+            else:
+                assert is_sharded(module) == (strategy == "fsdp2")
+            self.truth = Truth(trainer.model, "net.policy")
 
         def on_train_batch_end(self, *args: Any) -> None:
             self.truth.look()
 
     watcher = Watcher()
-    chosen = "ddp" if strategy == "ddp" else ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+    chosen: Any = "ddp"
+    if strategy == "fsdp1":
+        allow_cpu()
+        chosen = strategies.FSDPStrategy(auto_wrap_policy={Qwen3DecoderLayer})
+    elif strategy == "fsdp2":
+        chosen = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
     callback = lightning.WeightSyncCallback(module="net.policy")
     trainer = cases.trainer(callback, watcher, strategy=chosen, devices=WORLD, accumulate_grad_batches=2)
     trainer.fit(Module(), DataLoader(TensorDataset(data()), batch_size=2))
@@ -229,6 +244,7 @@ def run_trainer() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "lightning_ddp": lambda: run_lightning("ddp"),
+    "lightning_fsdp1": lambda: run_lightning("fsdp1"),
     "lightning_fsdp2": lambda: run_lightning("fsdp2"),
     "accelerate_ddp": lambda: run_accelerate("ddp"),
     "accelerate_fsdp2": lambda: run_accelerate("fsdp2"),

@@ -136,7 +136,9 @@ def test_untied_head_for_a_server_with_a_tied_one_is_refused(tmp_path: Path) -> 
     assert answers(tied_llm) == expected
     with torch.no_grad():
         untied.lm_head.weight.mul_(2.0)
-    with pytest.raises(SyncError, match="lm_head.weight was sent"):  # at a later push too, when training took them apart
+    with pytest.raises(
+        SyncError, match="lm_head.weight was sent"
+    ):  # at a later push too, when training took them apart
         sync.push(version=1)
     sync.close()
     assert answers(tied_llm) == expected
