@@ -88,6 +88,7 @@ class Fleet:
         self._push_number = 0
         self._version = 0
         self._engine_name = settings.engine
+        self._stopped: set[str] = set()  # names of rollouts that may not serve before a push succeeds
 
     def connect(self) -> None:
         """The handshake: joins every worker of every rollout into one new group.
@@ -132,7 +133,8 @@ class Fleet:
     def _take_over(self, replica: Replica) -> None:
         """Finds out what an earlier trainer left behind."""
         replica.in_update = any(worker.in_update for worker in replica.joined)
-        replica.may_serve = all(worker.intact for worker in replica.joined)
+        replica.may_serve = all(worker.intact for worker in replica.joined) and replica.name not in self._stopped
+        replica.paused = replica.rollout.is_paused()
 
     @property
     def bucket_size_bytes(self) -> int:
@@ -279,6 +281,7 @@ class Fleet:
         if self.settings.stale_kv != "keep":
             replica.rollout.reset_cache()
         replica.may_serve = True
+        self._stopped.discard(replica.name)
         staged = replica.staged[0]
         seconds = max(worker.seconds for worker in committed)
         return ReplicaReport(replica.name, self._version, staged.digest, staged.tensors, seconds)
@@ -298,7 +301,8 @@ class Fleet:
         """After a failure: closes open sessions and resumes every rollout that may serve, with old weights or new.
 
         Returns:
-            Names of those that may not serve until a push succeeds. What else cannot be put in order is logged.
+            Names of those that do not serve until a push succeeds: their weights are not whole, or they did not resume.
+            What else cannot be put in order is logged.
         """
 
         def put_in_order(replica: Replica) -> None:
@@ -308,7 +312,8 @@ class Fleet:
 
         for error in self._attempt_each(put_in_order).values():
             logger.error("%s could not be put in order: %s", ", ".join(error.rollouts), error)
-        stopped = [replica.name for replica in self.replicas if not replica.may_serve]
+        stopped = [replica.name for replica in self.replicas if replica.paused or not replica.may_serve]
+        self._stopped.update(stopped)
         self.leave()
         return stopped
 
@@ -373,9 +378,17 @@ class Fleet:
         if len(self.replicas) <= 1:  # stays on the caller's thread, for an engine in this process
             outcomes = [attempt(replica) for replica in self.replicas]
         else:
-            with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="twinkle-rollout") as pool:
-                outcomes = list(pool.map(attempt, self.replicas))
+            outcomes = _side_by_side(attempt, self.replicas)
         return {id(r): error for r, error in zip(self.replicas, outcomes, strict=True) if error is not None}
+
+
+def _side_by_side(call: Callable[[Replica], T], replicas: Sequence[Replica]) -> list[T]:
+    with ThreadPoolExecutor(len(replicas), thread_name_prefix="twinkle-rollout") as pool:
+        try:
+            outcomes = [pool.submit(call, replica) for replica in replicas]
+        except RuntimeError:  # the interpreter is ending, and starts no more threads
+            return [call(replica) for replica in replicas]
+    return [outcome.result() for outcome in outcomes]
 
 
 def _concerning(replica: Replica, error: TwinkleError) -> TwinkleError:

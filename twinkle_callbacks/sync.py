@@ -91,6 +91,7 @@ class WeightSynchronizer:
         self._fleet: Fleet | None = None
         self._source: WeightSource = self._open_source(self.settings.dtype)
         self._connected = False
+        self._some_stopped = False  # rollouts that do not serve before a push succeeds
         self.is_open = False
 
     def open(self, version: int = 0) -> SyncReport:
@@ -130,7 +131,7 @@ class WeightSynchronizer:
                 self._connect()
             return self._push(version)
         except TwinkleError as error:
-            if self.settings.on_error != "skip" or isinstance(error, BrokenCommitError):
+            if self.settings.on_error != "skip" or isinstance(error, BrokenCommitError) or self._some_stopped:
                 raise
             logger.warning("push of version %d was skipped: %s", version, error)
             held = self.report.version if self.report else -1
@@ -279,6 +280,7 @@ class WeightSynchronizer:
         except TwinkleError as error:  # raised on every rank
             self._connected = False
             stopped = self._group.on_leader(self._put_in_order)
+            self._some_stopped = bool(stopped)
             if stopped:
                 text = f"{error}; {', '.join(stopped)} may not serve before a push succeeds, and stay paused until then"
                 raise BrokenCommitError(text, getattr(error, "phase", ""), tuple(stopped)) from error
@@ -287,6 +289,7 @@ class WeightSynchronizer:
             self._connected = False
             self._put_in_order()
             raise
+        self._some_stopped = False
         logger.info("pushed version %d: %d bytes in %.3f s", version, self.report.bytes, self.report.seconds)
         return self.report
 

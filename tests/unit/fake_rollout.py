@@ -131,6 +131,9 @@ class FakeRollout(Rollout):
         self.paused = True  # as vLLM does, which fails only after it has paused
         self._enter(f"pause:{mode}:{clear_cache}")
 
+    def is_paused(self) -> bool:
+        return self.paused
+
     def resume(self) -> None:
         self._enter("resume")
         self.paused = False

@@ -17,7 +17,7 @@ from twinkle_callbacks.errors import (
     RolloutError,
     RolloutUnreachableError,
 )
-from twinkle_callbacks.rollouts import HTTPRollout
+from twinkle_callbacks.rollouts import HTTPRollout, open_rollout
 
 TOKEN = "t" * 32
 
@@ -32,6 +32,7 @@ class Server:
             "/weight_info": (200, {"weight_version": "default"}),
         }
         self.asked: list[tuple[str, str, bytes, str]] = []
+        self.authorizations: list[str | None] = []
         self.hang = threading.Event()
         outer = self
 
@@ -39,6 +40,7 @@ class Server:
             def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 outer.asked.append((self.command, self.path, body, self.headers[auth.SIGNATURE_HEADER]))
+                outer.authorizations.append(self.headers["Authorization"])
                 if self.path == "/hang":
                     outer.hang.wait(10)
                 status, answer = outer.answers.get(self.path.split("?")[0], (200, {}))
@@ -64,7 +66,8 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     server = Server()
     yield server
     server.close()
@@ -161,7 +164,8 @@ OTHER_BACKEND = "Invalid init_info for NCCLWeightTransferEngine: unexpected keyw
     ("status", "answer", "error", "message"),
     [
         (404, {"detail": "Not Found"}, RolloutError, "RL routes are off.*VLLM_SERVER_DEV_MODE=1"),
-        (401, {"error": "signed with another token"}, AuthenticationError, "another token"),
+        (401, {"error": "twinkle_callbacks: signed with another token"}, AuthenticationError, "another token$"),
+        (401, {"error": "Unauthorized"}, AuthenticationError, "started with --api-key: set VLLM_API_KEY"),
         (500, {"error": {"message": NOT_CONFIGURED}}, RolloutError, "backend 'twinkle'.*--weight-transfer-config"),
         (500, {"error": {"message": OTHER_BACKEND}}, RolloutError, "backend 'twinkle'.*--weight-transfer-config"),
         (500, {"error": {"message": OTHER_BACKEND}}, RolloutError, "or that of another version.*the trainer's version"),
@@ -222,6 +226,24 @@ def test_a_server_that_does_not_answer_meets_the_deadline(server: Server) -> Non
     with pytest.raises(DeadlineError, match=r"/hang within 0\.2 s"):
         rollout._call("GET", "/hang")
     rollout.close()
+
+
+def test_a_synchronizers_deadline_goes_for_a_rollout_that_was_made_with_another(server: Server) -> None:
+    rollout = HTTPRollout(server.url, token=TOKEN)
+    assert rollout.version() == "default"  # over a connection that is there before
+    assert open_rollout(rollout, token=TOKEN, timeout_s=0.2) is rollout
+    with pytest.raises(DeadlineError, match=r"/hang within 0\.2 s"):
+        rollout._call("GET", "/hang")
+    rollout.close()
+
+
+def test_vllms_own_key_is_sent_where_there_is_one(
+    server: Server, rollout: HTTPRollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout.version()
+    monkeypatch.setenv("VLLM_API_KEY", "k" * 8)
+    rollout.version()
+    assert server.authorizations == [None, "Bearer kkkkkkkk"]
 
 
 def test_nobody_there_and_no_url() -> None:

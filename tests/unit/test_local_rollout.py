@@ -89,6 +89,17 @@ def test_a_version_that_ends_on_another_thread_is_forgotten_by_the_next_call(llm
     assert engine.threads == {threading.current_thread()}
 
 
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_what_was_computed_from_old_weights_is_dropped_images_included(multimodal: bool, llm: Any) -> None:
+    dropped: list[str] = []
+    llm.llm_engine.vllm_config.model_config.is_multimodal_model = multimodal
+    llm.reset_prefix_cache = lambda running, connector: dropped.append("prefixes") is None
+    llm.reset_mm_cache = lambda: dropped.append("images")
+    llm.llm_engine.reset_encoder_cache = lambda: dropped.append("their embeddings")
+    LocalRollout(llm).reset_cache()
+    assert dropped == ["prefixes", "images", "their embeddings"][: 3 if multimodal else 1]
+
+
 class SleepyLLM:
     """In place of `vllm.LLM`: notes what it is asked, and refuses what `refuses` names."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import msgspec
@@ -18,6 +21,7 @@ from twinkle_callbacks.errors import (
     DigestMismatchError,
     RolloutError,
     SyncError,
+    TwinkleError,
     WeightMismatchError,
 )
 from twinkle_callbacks.worker.messages import LoRARuns
@@ -170,6 +174,49 @@ def test_a_broken_commit_is_raised_also_when_failures_are_to_be_skipped(
             sync.push(version=1)
 
 
+def test_a_rollout_that_does_not_resume_is_raised_also_when_failures_are_to_be_skipped(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts, on_error="skip") as sync:
+        rollouts[0].fail["pause:keep:True"] = RolloutError("pause went wrong")
+        rollouts[0].fail["resume"] = RolloutError("and resume too")
+        with pytest.raises(BrokenCommitError, match="one may not serve"):
+            sync.push(version=1)
+        assert [rollout.paused for rollout in rollouts] == [True, False]
+        assert sync.push(version=2).error == ""
+        for rollout in rollouts:
+            assert_serves(rollout, policy, 2)
+
+
+@pytest.mark.parametrize("call", ["world_size", "staged"])
+def test_a_rollout_that_stands_still_lets_no_later_failure_be_skipped(
+    call: str, policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    with synchronizer(policy, rollouts, on_error="skip") as sync:
+        rollouts[1].fail["set_version:1"] = DeadlineError("no answer")
+        with pytest.raises(BrokenCommitError, match="two may not serve"):
+            sync.push(version=1)
+        rollouts[1].fail[call] = RolloutError("not yet")
+        with pytest.raises(TwinkleError, match="not yet"):
+            sync.push(version=2)
+        assert [rollout.paused for rollout in rollouts] == [False, True], "two has weights of no known version"
+        assert sync.push(version=3).error == ""
+        for rollout in rollouts:
+            assert_serves(rollout, policy, 3)
+        rollouts[1].fail["start"] = RolloutError("busy")
+        assert "busy" in sync.push(version=4).error
+
+
+def test_a_rollout_that_an_earlier_trainer_left_paused_serves_again_also_when_the_push_fails(
+    policy: torch.nn.Module, rollouts: list[FakeRollout]
+) -> None:
+    rollouts[0].paused = True  # killed after its pause, before its commit
+    rollouts[1].fail["checked"] = WeightMismatchError("other model")
+    with pytest.raises(SyncError, match="other model"):
+        synchronizer(policy, rollouts).open()
+    assert [rollout.paused for rollout in rollouts] == [False, False]
+
+
 @pytest.mark.parametrize("call", ["set_version:1", "reset_cache"])
 def test_a_rollout_whose_version_or_cache_is_not_that_of_its_weights_stays_paused_and_the_others_serve(
     call: str, policy: torch.nn.Module, rollouts: list[FakeRollout]
@@ -189,6 +236,37 @@ def test_a_wrong_model_is_found_before_anything_is_paused(policy: torch.nn.Modul
         synchronizer(policy, rollouts).open()
     assert caught.value.phase == "check"
     assert not any(call.startswith("pause") for rollout in rollouts for call in rollout.calls)
+
+
+ENDED_BY_AN_ERROR = """
+import weakref
+import torch
+from tests.unit.fake_rollout import FakeRollout
+from twinkle_callbacks import WeightSynchronizer
+
+rollouts = [FakeRollout("one"), FakeRollout("two")]
+sync = WeightSynchronizer(torch.nn.Linear(4, 4), rollouts=rollouts, bucket_size_mb=1, timeout_s=10, token="t" * 32)
+for rollout in rollouts:
+    weakref.finalize(rollout, lambda calls: print(calls[-2:], flush=True), rollout.calls)
+sync.open()
+weakref.finalize(sync.settings, WeightSynchronizer.close, sync)  # at the end of the process, as Transformers' callback
+raise RuntimeError("training failed")
+"""
+
+
+def test_all_rollouts_are_left_in_order_when_an_error_ends_the_process() -> None:
+    environment = {**os.environ, "TWINKLE_TOKEN": "t" * 32}
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDED_BY_AN_ERROR],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+    )
+    assert ended.stdout.splitlines() == ["['leave', 'close']"] * 2, ended.stderr
+    assert ended.stderr.count("Traceback") == 1
+    assert ended.returncode == 1
 
 
 def test_an_unexpected_error_of_one_rollout_leaves_the_others_in_order(

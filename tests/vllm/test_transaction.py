@@ -39,6 +39,11 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     release()
 
 
+def test_an_engine_drops_all_caches_that_a_multimodal_model_has(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.llm_engine.vllm_config.model_config.__class__, "is_multimodal_model", True)
+    LocalRollout(llm).reset_cache()
+
+
 K_PROJ, NORM = "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"
 
 

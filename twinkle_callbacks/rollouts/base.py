@@ -61,6 +61,10 @@ class Rollout(ABC):
         """Stops generation for the commit. `mode` says what becomes of requests in flight: keep, wait or abort."""
 
     @abstractmethod
+    def is_paused(self) -> bool:
+        """Whether it is paused, by whomever: an earlier trainer may have ended in the middle of a push."""
+
+    @abstractmethod
     def resume(self) -> None:
         """Lifts the pause."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,9 @@ from twinkle_callbacks.errors import (
 )
 from twinkle_callbacks.rollouts.base import Rollout
 
+API_KEY_ENV = "VLLM_API_KEY"
+"""Environment variable of the key that vLLM wants for its OpenAI routes, and reads itself where it has no --api-key."""
+
 # What vLLM puts around the error of a worker, on its way through the engine to the API server.
 _CALL_FAILED = re.compile(r"Call to \w+ method failed: ")
 _WORKER_FAILED = re.compile(r"""Worker failed with error (['"])(.+)\1, please check the stack trace.*""", re.DOTALL)
@@ -30,7 +34,7 @@ class HTTPRollout(Rollout):
     Args:
         url: such as `http://10.0.0.7:8000`.
         token: shared secret; default: `$TWINKLE_TOKEN`, else the user's token file. Signs requests, is never sent.
-        timeout_s: seconds one call may take.
+        timeout_s: seconds one call may take; a synchronizer sets its own.
 
     Raises:
         ConfigError: the URL is not an http(s) one.
@@ -40,7 +44,7 @@ class HTTPRollout(Rollout):
         self.name = url.rstrip("/")
         self.host = _host_of(url)
         self.token = self._token = auth.load_token(token)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._client: httpx.Client | None = None
 
     def world_size(self) -> int:
@@ -99,7 +103,6 @@ class HTTPRollout(Rollout):
         return dict(self._value("/server_info?config_format=json", "vllm_config"))
 
     def is_paused(self) -> bool:
-        """Whether generation is paused."""
         return bool(self._value("/is_paused", "is_paused"))
 
     def models(self) -> list[str]:
@@ -119,11 +122,13 @@ class HTTPRollout(Rollout):
 
     def _call(self, method: str, target: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         if self._client is None:
-            self._client = httpx.Client(base_url=self.name, timeout=self._timeout_s, trust_env=False)
-        request = self._client.build_request(method, target, json=body)
+            self._client = httpx.Client(base_url=self.name, trust_env=False)
+        request = self._client.build_request(method, target, json=body, timeout=self.timeout_s)
         request.headers[auth.SIGNATURE_HEADER] = auth.sign_request(
             self._token, method, request.url.raw_path.decode(), request.content
         )
+        if api_key := os.environ.get(API_KEY_ENV):
+            request.headers["Authorization"] = f"Bearer {api_key}"
         try:
             response = self._client.send(request)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -131,7 +136,7 @@ class HTTPRollout(Rollout):
                 f"nobody answers at {self.name} ({error}); start a server with: twinkle-callbacks serve MODEL"
             ) from error
         except httpx.TimeoutException as error:
-            raise DeadlineError(f"{self.name} did not answer {target} within {self._timeout_s:g} s") from error
+            raise DeadlineError(f"{self.name} did not answer {target} within {self.timeout_s:g} s") from error
         except httpx.TransportError as error:
             raise RolloutUnreachableError(f"{self.name} broke the connection in {target}: {error!r}") from error
         if response.status_code != httpx.codes.OK:
@@ -145,6 +150,10 @@ class HTTPRollout(Rollout):
 
     def _refusal(self, target: str, response: httpx.Response) -> Exception:
         path, text = target.split("?")[0], _reason(response)
+        if response.status_code == httpx.codes.UNAUTHORIZED and "twinkle_callbacks:" not in text:
+            return AuthenticationError(
+                f"{self.name}{path}: {text}; the server was started with --api-key: set {API_KEY_ENV} to that key here"
+            )
         if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             return AuthenticationError(f"{self.name}{path}: {text}")
         if response.status_code == httpx.codes.NOT_FOUND and "twinkle_callbacks:" not in text:

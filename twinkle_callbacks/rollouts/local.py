@@ -136,6 +136,9 @@ class LocalRollout(Rollout):
         """Between two calls of `LLM` no request is in flight. From now on the weights may be half of one version."""
         self._torn = True
 
+    def is_paused(self) -> bool:
+        return self._torn
+
     def resume(self) -> None:
         """Wakes an engine that slept; one that dropped its weights sleeps on until a push succeeds."""
         self._torn = False
@@ -148,6 +151,7 @@ class LocalRollout(Rollout):
             raise RolloutError("the local vLLM did not drop its cached prefixes; set stale_kv='keep' if they may stay")
         if self.llm.llm_engine.vllm_config.model_config.is_multimodal_model:
             self._call("reset_mm_cache")
+            self._call("reset_encoder_cache", owner=self.llm.llm_engine)
 
     def set_version(self, version: int) -> None:
         self._version, self._dropped, self._torn = str(version), False, False
@@ -225,9 +229,10 @@ class LocalRollout(Rollout):
     def __del__(self) -> None:  # dropped without close()
         self.close(0.0)
 
-    def _call(self, method: str, *args: Any) -> Any:
+    def _call(self, method: str, *args: Any, owner: Any = None) -> Any:
+        """Calls a method of the `LLM`, or of another `owner`."""
         try:
-            return self._while_alive(method, lambda: getattr(self.llm, method)(*args))
+            return self._while_alive(method, lambda: getattr(owner or self.llm, method)(*args))
         except TwinkleError:
             raise
         except Exception as error:  # an in-process worker raises whatever it likes; a remote one RuntimeError
