@@ -17,7 +17,8 @@ from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.buckets.digest import Digests, first_few
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.errors import RolloutError, from_wire
-from twinkle_callbacks.fleet import Fleet, Replica
+from twinkle_callbacks.fleet import Fleet
+from twinkle_callbacks.replica import Replica
 from twinkle_callbacks.report import ReplicaReport
 from twinkle_callbacks.worker.messages import COMPARE, RECEIVE, Adapter, Compared, JoinRequest, LoRARuns
 

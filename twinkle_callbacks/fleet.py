@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,9 +27,8 @@ from twinkle_callbacks.errors import (
     RolloutUnreachableError,
     SyncError,
     TwinkleError,
-    from_wire,
-    text_of,
 )
+from twinkle_callbacks.replica import Replica, attempt_each, concerning, raise_failure
 from twinkle_callbacks.report import ReplicaReport
 from twinkle_callbacks.rollouts import Rollout, open_rollout
 from twinkle_callbacks.worker.messages import (
@@ -50,28 +47,6 @@ from twinkle_callbacks.worker.messages import (
 logger = logging.getLogger(__name__)
 AUTO = "auto"
 T = TypeVar("T")
-
-
-@dataclass
-class Replica:
-    """One rollout and the ranks of its workers in the engine's group.
-
-    `may_serve`: its weights are whole, and its version and caches are theirs. `linked`: its workers were invited into
-    the group, and it has answered since.
-    """
-
-    rollout: Rollout
-    ranks: range
-    joined: list[Joined] = field(default_factory=list)
-    staged: list[Staged] = field(default_factory=list)
-    in_update: bool = False
-    paused: bool = False
-    may_serve: bool = True
-    linked: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.rollout.name
 
 
 class Fleet:
@@ -213,7 +188,7 @@ class Fleet:
         """Waits until every worker holds the whole stream. Returns its digest."""
         for replica in self.replicas:
             replica.staged = self._receipts_of(replica, f"staged-{self._push_number}", Staged)
-            _raise_failure(replica, replica.staged)
+            raise_failure(replica, replica.staged)
         return self.replicas[0].staged[0].digest
 
     def check(self) -> None:
@@ -224,7 +199,7 @@ class Fleet:
         if all(worker.fits for worker in replica.staged):
             return
         replica.rollout.update({"action": CHECK, "push": self._push_number})
-        _raise_failure(replica, self._receipts_of(replica, f"checked-{self._push_number}", Checked))
+        raise_failure(replica, self._receipts_of(replica, f"checked-{self._push_number}", Checked))
 
     def located(self, error: TwinkleError) -> SyncError:
         """An error of the data plane, which knows ranks only, with the rollouts behind them."""
@@ -276,7 +251,7 @@ class Fleet:
         committed = self._receipts_of(replica, f"committed-{self._push_number}", Committed)
         if any(worker.failure for worker in committed):
             replica.may_serve = all(worker.intact for worker in committed)
-        _raise_failure(replica, committed)
+        raise_failure(replica, committed)
         replica.rollout.set_version(self._version)
         if self.settings.stale_kv != "keep":
             replica.rollout.reset_cache()
@@ -310,7 +285,7 @@ class Fleet:
                 self._resume(replica)
             self._end_update(replica)
 
-        for error in self._attempt_each(put_in_order).values():
+        for error in attempt_each(self.replicas, put_in_order).values():
             logger.error("%s could not be put in order: %s", ", ".join(error.rollouts), error)
         stopped = [replica.name for replica in self.replicas if replica.paused or not replica.may_serve]
         self._stopped.update(stopped)
@@ -324,7 +299,7 @@ class Fleet:
             if replica.linked:
                 self._call(replica, LEAVE)
 
-        for error in self._attempt_each(leave).values():
+        for error in attempt_each(self.replicas, leave).values():
             logger.info("%s keeps its end of the engine until the next trainer comes: %s", error.rollouts[0], error)
         self.disconnect()
 
@@ -353,54 +328,12 @@ class Fleet:
         try:
             messages = self.engine.collect_receipts(topic, replica.ranks)
         except TwinkleError as error:
-            raise _concerning(replica, type(error)(f"{replica.name}: {error}")) from error
+            raise concerning(replica, type(error)(f"{replica.name}: {error}")) from error
         return [msgspec.msgpack.decode(messages[rank], type=kind) for rank in replica.ranks]
 
     def _each(self, call: Callable[[Replica], None]) -> None:
-        for error in self._attempt_each(call).values():
+        for error in attempt_each(self.replicas, call).values():
             raise error
-
-    def _attempt_each(self, call: Callable[[Replica], None]) -> dict[int, TwinkleError]:
-        """Calls all rollouts side by side and waits for all; the errors by the id of the replica."""
-
-        def attempt(replica: Replica) -> TwinkleError | None:
-            try:
-                call(replica)
-            except TwinkleError as error:
-                if isinstance(error, (DeadlineError, RolloutUnreachableError)):
-                    replica.linked = False  # or each further call would wait as long again
-                return _concerning(replica, error)
-            except Exception as error:  # one rollout's trouble may not keep the others from being put in order
-                logger.exception("%s: unexpected error", replica.name)
-                return _concerning(replica, RolloutError(f"{replica.name}: {type(error).__name__}: {text_of(error)}"))
-            return None
-
-        if len(self.replicas) <= 1:  # stays on the caller's thread, for an engine in this process
-            outcomes = [attempt(replica) for replica in self.replicas]
-        else:
-            outcomes = _side_by_side(attempt, self.replicas)
-        return {id(r): error for r, error in zip(self.replicas, outcomes, strict=True) if error is not None}
-
-
-def _side_by_side(call: Callable[[Replica], T], replicas: Sequence[Replica]) -> list[T]:
-    with ThreadPoolExecutor(len(replicas), thread_name_prefix="twinkle-rollout") as pool:
-        try:
-            outcomes = [pool.submit(call, replica) for replica in replicas]
-        except RuntimeError:  # the interpreter is ending, and starts no more threads
-            return [call(replica) for replica in replicas]
-    return [outcome.result() for outcome in outcomes]
-
-
-def _concerning(replica: Replica, error: TwinkleError) -> TwinkleError:
-    error.rollouts = error.rollouts or (replica.name,)
-    return error
-
-
-def _raise_failure(replica: Replica, receipts: Sequence[Staged | Checked | Committed]) -> None:
-    for rank, receipt in zip(replica.ranks, receipts, strict=True):
-        if receipt.failure is not None:
-            cause = from_wire(receipt.failure.type, receipt.failure.message, RolloutError)
-            raise _concerning(replica, type(cause)(f"{replica.name} (rank {rank}): {cause}")) from cause
 
 
 def _shape(runs: Joined) -> str:
