@@ -18,13 +18,13 @@ SHARED_PREFIX = [3 + number % 50 for number in range(70)]
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6], [*SHARED_PREFIX, 7], [*SHARED_PREFIX, 9, 11]]
 
 
-def adapted(base_seed: int = 0, **config: Any) -> peft.PeftModel:
-    """A tiny Qwen3 with an adapter of rank 8 that changes nothing yet."""
+def adapted(base_seed: int = 0, base: dict[str, Any] | None = None, **config: Any) -> peft.PeftModel:
+    """A tiny Qwen3 with an adapter of rank 8 that changes nothing yet; `base` are settings of the Qwen3."""
     settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS, **config}
-    base = build("qwen3", seed=base_seed)
+    module = build("qwen3", seed=base_seed, **(base or {}))
     if "of_ours" in settings["target_modules"]:  # a layer that vLLM's model does not have
-        base.model.layers[0].of_ours = torch.nn.Linear(8, 8)
-    model: peft.PeftModel = peft.get_peft_model(base, peft.LoraConfig(**settings))
+        module.model.layers[0].of_ours = torch.nn.Linear(8, 8)
+    model: peft.PeftModel = peft.get_peft_model(module, peft.LoraConfig(**settings))
     return model
 
 

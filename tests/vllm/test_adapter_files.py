@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -28,10 +29,10 @@ def registry(lora_server: Server) -> Iterator[AdapterRegistry]:
             registry.detach(adapter.name)
 
 
-def save(folder: Path, seed: int, **config: object) -> str:
+def save(folder: Path, seed: int, *, as_safetensors: bool = True, **config: Any) -> str:
     policy = adapted(**config)
     train(policy, seed)
-    policy.save_pretrained(folder)
+    policy.save_pretrained(folder, safe_serialization=as_safetensors)
     return str(folder)
 
 
@@ -69,6 +70,14 @@ def test_files_that_do_not_fit_leave_what_was_served(
     served = server_answers(lora_server.url, PROMPTS, "files")
     with pytest.raises(RolloutError, match=r"rank 16 is greater than max_lora_rank 8"):
         registry.attach("files", save(tmp_path / "large", seed=2, r=16))
+    small = save(tmp_path / "small", seed=2, base={"hidden_size": 64})
+    with pytest.raises(RolloutError, match=r"weight is \[8, 64\], and the model served needs .*the same model"):
+        registry.attach("files", small)
+    for as_safetensors in (True, False):
+        deep = tmp_path / f"deep {as_safetensors}"
+        save(deep, seed=2, as_safetensors=as_safetensors, base={"num_hidden_layers": 4})
+        with pytest.raises(RolloutError, match=r"adapts model\.layers\.[23].*for which the server has no LoRA layer"):
+            registry.attach("files", str(deep))
     with pytest.raises(RolloutError, match="files"):
         registry.attach("files", str(tmp_path / "nowhere"))
     with pytest.raises(RolloutError, match="name of the base model"):

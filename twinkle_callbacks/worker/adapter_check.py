@@ -6,8 +6,12 @@ that are smaller than the layer's), and dies on a third kind. All are refused he
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
+
+import torch
 
 from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.errors import RolloutError
@@ -34,6 +38,32 @@ def check_adapter(manager: Any, name: str, config: Mapping[str, Any], shapes: Ma
         problems = list(_tensor_problems(manager, config, shapes))
     if problems:
         raise RolloutError(f"vLLM cannot serve adapter {name!r}: {'; '.join(problems)}")
+
+
+def check_adapter_files(manager: Any, name: str, folder: str) -> None:
+    """As `check_adapter`, of the files that vLLM has just loaded from `folder`; reads no values.
+
+    Args:
+        manager: vLLM's `LoRAModelManager`.
+        name: the adapter's name, for the message.
+        folder: on this host, or a repository of the Hugging Face hub.
+    """
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    files = Path(get_adapter_absolute_path(folder))
+    config = json.loads((files / "adapter_config.json").read_text())
+    check_adapter(manager, name, config, _shapes_in(files))
+
+
+def _shapes_in(files: Path) -> dict[str, Shape]:
+    from safetensors import safe_open
+
+    if (tensors := files / "adapter_model.safetensors").is_file():
+        with safe_open(tensors, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  # no dict
+    old = next(path for path in (files / "adapter_model.bin", files / "adapter_model.pt") if path.is_file())
+    loaded = torch.load(old, map_location="meta", weights_only=True)
+    return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
 
 
 def peft_helper(config: Mapping[str, Any]) -> Any:

@@ -26,7 +26,13 @@ import torch
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.errors import RolloutError
 from twinkle_callbacks.worker import adapter_hooks
-from twinkle_callbacks.worker.adapter_check import Shape, check_adapter, peft_helper, weights_mapper
+from twinkle_callbacks.worker.adapter_check import (
+    Shape,
+    check_adapter,
+    check_adapter_files,
+    peft_helper,
+    weights_mapper,
+)
 from twinkle_callbacks.worker.cpu_lora import correct_cpu_lora
 from twinkle_callbacks.worker.ranks import all_ranks_can, raise_on_last_rank
 
@@ -246,8 +252,10 @@ class AdapterStore:
         if path is not None and path.folder is None:
             model = self._taken(request.lora_path, request.lora_name, path).clone(request.lora_int_id)
         else:
-            folder = request.lora_path if path is None else path.folder
+            folder = request.lora_path if path is None else str(path.folder)
             model = _off_its_files(loader._load_adapter(msgspec.structs.replace(request, lora_path=folder)))
+            if path is not None:  # what vLLM's own routes load is as vLLM takes it
+                check_adapter_files(self.manager, request.lora_name, folder)
         return _Version(request.lora_name, request.lora_path, model)
 
     def _load_late(self, loader: Any, request: LoRARequest) -> _Version:
