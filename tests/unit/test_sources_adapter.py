@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tests.peft_cases as cases
+from tests.tiny_models import build
 from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources.adapter import AdapterSource
 
@@ -133,6 +134,40 @@ def test_tensors_that_peft_computes_when_it_saves() -> None:
     )
     with pytest.raises(SourceError, match=r"PEFT computes .*save_only_topk_weights"):
         AdapterSource(cases.wrap(cases.base("qwen3", F32), config))
+
+
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_a_base_that_trains_beside_the_adapter_is_refused(when: str) -> None:
+    model = cases.CASES["lora"](F32)
+    source = None if when == "before" else AdapterSource(model)
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    for parameter in norms:
+        parameter.requires_grad_(True)
+    with pytest.raises(SourceError, match=rf"{len(norms)} parameters of the base train.*norm.*merge_and_sync=True"):
+        AdapterSource(model) if source is None else source.check()
+    for parameter in norms:
+        parameter.requires_grad_(False)
+    (source or AdapterSource(model)).check()
+
+
+def test_a_base_layer_that_trains_below_its_adapter_is_refused() -> None:
+    model = cases.CASES["lora"](F32)
+    model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight.requires_grad_(True)
+    with pytest.raises(SourceError, match=r"1 parameters of the base train.*q_proj\.base_layer\.weight"):
+        AdapterSource(model)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_scale_that_the_configuration_does_not_tell_is_refused(use_rslora: bool) -> None:
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, use_rslora=use_rslora, rank_pattern={"v_proj": 2}, target_modules=["q_proj", "v_proj"]
+    )
+    model = peft.get_peft_model(build("qwen3"), config)
+    source = AdapterSource(model)
+    source.check()
+    model.base_model.model.model.layers[0].self_attn.v_proj.set_scale("default", 0.5)
+    with pytest.raises(SourceError, match=r"set_scale.*merge_and_sync=True"):
+        source.check()
 
 
 def test_deleted_adapter() -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from twinkle_callbacks.buckets.digest import first_few
 from twinkle_callbacks.buckets.layout import TensorSpec
 from twinkle_callbacks.buckets.packing import dtype_name
 from twinkle_callbacks.errors import SourceError
+from twinkle_callbacks.sources import fsdp1
 from twinkle_callbacks.sources.base import WeightSource
 from twinkle_callbacks.sources.dtypes import sent_as
 from twinkle_callbacks.sources.gather import gathered
 from twinkle_callbacks.sources.handles import Handle, whole
 from twinkle_callbacks.sources.holdings import Holdings
-from twinkle_callbacks.sources.merging import Shadows, Slots, is_part, peft_model
+from twinkle_callbacks.sources.merging import Shadows, Slots, is_part, own_module, peft_model
 from twinkle_callbacks.sources.names import loaded, select
 from twinkle_callbacks.sources.units import Output, Unit, Wanted, gathered_from
 
@@ -71,6 +74,10 @@ class AdapterSource(WeightSource):
         self._checked: list[Unit] | None = None
         holdings = Holdings(self._root)
         self._places = self._find(holdings)
+        carried = {(id(place.owner), place.name) for place in self._places.values() if isinstance(place, _Place)}
+        self._scaled = self._scaled_layers()
+        self._base = [place for place in _base_parameters(self._holder) if (id(place.owner), place.name) not in carried]
+        self._refuse_what_does_not_travel(holdings)
         units = self._units(holdings)
         self._opened = [unit.outputs for unit in units]
         self._specs = _specs(units)
@@ -155,6 +162,33 @@ class AdapterSource(WeightSource):
                 )
         return places
 
+    def _scaled_layers(self) -> list[Any]:
+        """The layers of plain LoRA, whose scale rollouts take from the configuration."""
+        if self._holder.peft_config[self.adapter_name].peft_type.value != "LORA":
+            return []
+        lora: Any = loaded("peft.tuners.lora.layer", "LoraLayer")
+        layers: list[Any] = [module for module in self._holder.modules() if isinstance(module, lora)]
+        return [layer for layer in layers if self.adapter_name in layer.scaling]
+
+    def _refuse_what_does_not_travel(self, holdings: Holdings) -> None:
+        """Raises `SourceError` if the policy would differ from the base that rollouts hold with this adapter on it."""
+        name = self.adapter_name
+        train = [holdings.name(*place) for place in self._base if _trains(place)]
+        if train:
+            raise SourceError(
+                f"{len(train)} parameters of the base train beside adapter {name!r} ({first_few(train)}), and the "
+                f"adapter alone travels; set merge_and_sync=True, or freeze them with requires_grad_(False)"
+            )
+        config = self._holder.peft_config[name]
+        for layer in self._scaled:
+            divisor = math.sqrt(layer.r[name]) if getattr(config, "use_rslora", False) else layer.r[name]
+            if not math.isclose(layer.scaling[name], layer.lora_alpha[name] / divisor):
+                raise SourceError(
+                    f"a layer of adapter {name!r} has scale {layer.scaling[name]:g}, while its configuration, by which "
+                    f"rollouts compute, gives {layer.lora_alpha[name] / divisor:g} (set_scale(), scale_layer()?); set "
+                    f"merge_and_sync=True, or change lora_alpha"
+                )
+
     def _units(self, holdings: Holdings) -> list[Unit]:
         units = []
         for name, place in self._places.items():
@@ -174,6 +208,7 @@ class AdapterSource(WeightSource):
                 f"adapter {self.adapter_name!r} was deleted or replaced since the source was opened"
                 f"{f' ({gone[0]} is gone)' if gone else ''}; keep it while it is synced, or open a new source"
             )
+        self._refuse_what_does_not_travel(holdings)
         units = self._units(holdings)
         for unit, before in zip(units, self._opened, strict=True):
             if unit.outputs != before:
@@ -183,6 +218,22 @@ class AdapterSource(WeightSource):
                     f"{dtype_name(now.dtype)}{list(now.shape)}; open a new source"
                 )
         return units
+
+
+def _base_parameters(module: nn.Module) -> Iterator[_Place]:
+    """The parameters that the policy would have without PEFT; those that FSDP1 lays into one are not told apart."""
+    module = own_module(module) if is_part(module) else module
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not fsdp1.is_flat(parameter):
+            yield _Place(module, name)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _base_parameters(child)
+
+
+def _trains(place: _Place) -> bool:
+    parameter = place.owner._parameters.get(place.name)
+    return parameter is not None and parameter.requires_grad
 
 
 def _choose(holder: Any, wanted: str | None) -> str:

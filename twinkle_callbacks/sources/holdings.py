@@ -49,6 +49,10 @@ class Holdings:
         for name in registered + flat + buffers:
             yield name, self.handle(module, name)
 
+    def name(self, module: nn.Module, name: str) -> str:
+        """The canonical name of a parameter or buffer of exactly this module."""
+        return f"{self._paths.get(id(module), '')}{name}"
+
     def handle(self, module: nn.Module, name: str) -> Handle:
         """The handle of a parameter or buffer of exactly this module.
 
@@ -59,7 +63,7 @@ class Holdings:
             return self._flat[id(module), name]
         tensor: torch.Tensor = getattr(module, name)
         if id(tensor) not in self._handles:
-            found = _handle(f"{self._paths.get(id(module), '')}{name}", tensor)
+            found = _handle(self.name(module, name), tensor)
             dtype = self._buffer_dtypes.get(id(tensor), found.dtype)
             self._handles[id(tensor)] = found if dtype == found.dtype else whole(tensor, dtype)
         return self._handles[id(tensor)]
