@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -114,6 +115,27 @@ def test_conversions_of_a_wrapped_model_inside_a_model_apply_at_its_canonical_pa
     got = dict(open_source(model).stream())
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "gpt2"])
+def test_a_model_whose_adapter_transformers_loaded_streams_its_checkpoints_names(kind: str, tmp_path: Path) -> None:
+    base = saved_tensors(build(kind), tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    target = "c_attn" if kind == "gpt2" else "q_proj"
+    policy = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[target], fan_in_fan_out=kind == "gpt2"))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    policy.save_pretrained(tmp_path / "adapter")
+    merged = saved_tensors(policy.merge_and_unload(safe_merge=True), tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    for source, wanted in ((open_source(loaded), merged), (open_source(loaded, merge=False), base)):
+        streamed = dict(source.stream())
+        assert streamed.keys() == wanted.keys()
+        assert all(torch.equal(streamed[name], tensor) for name, tensor in wanted.items())
 
 
 def test_router_bias_that_is_a_buffer_travels_with_the_weights() -> None:

@@ -133,11 +133,16 @@ def _conversions(module: nn.Module, skeleton: Any) -> list[Any]:
     from transformers.core_model_loading import PrefixChange
 
     used: list[Any] | None = getattr(module, "_weight_conversions", None)
-    if used is not None:
+    if used is not None and not _loaded_an_adapter(used):
         return list(used)
     # As save_pretrained does: a model that was not loaded has no prefix that loading took away.
     mapping = get_model_conversion_mapping(skeleton, add_legacy=False)
     return [conversion for conversion in mapping if not isinstance(conversion, PrefixChange)]
+
+
+def _loaded_an_adapter(used: list[Any]) -> bool:
+    """Whether these are PEFT's renamings. transformers' `load_adapter` leaves them in place of the model's own."""
+    return any(pattern.startswith("base_model.") for conversion in used for pattern in conversion.source_patterns)
 
 
 def _skeleton(module: nn.Module) -> Any:
