@@ -107,6 +107,16 @@ class RecipeConfig(_Section):
     trainer: TrainerConfig = TrainerConfig()
     tenants: dict[TenantName, TaskName] = {}
 
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        served, sampled = self.sync.adapter_name or "default", self.rollouts.model
+        if not self.sync.merge_and_sync and sampled != served:
+            raise ValueError(
+                f"sync.merge_and_sync=False brings the adapter to the servers as {served!r}, and rollouts.model="
+                f"{sampled!r} would sample another model; set rollouts.model to {served!r}"
+            )
+        return self
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> RecipeConfig:
         """Validates nested plain values.

@@ -22,6 +22,8 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from recipes.config import RecipeConfig
+from twinkle_callbacks.errors import ConfigError
+from twinkle_callbacks.sources.names import unwrap
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -71,21 +73,29 @@ def make_strategy(config: RecipeConfig) -> Strategy | str:
             return chosen.strategy
 
 
-def shard(policy: Qwen3ForCausalLM, mesh: DeviceMesh, precision: str) -> None:
-    """Shards by FSDP2, layer by layer, over a mesh of one dimension. Computes in bfloat16 if the precision says so."""
+def shard(policy: nn.Module, mesh: DeviceMesh, precision: str) -> None:
+    """Shards a Qwen3, below an adapter or not, by FSDP2, layer by layer, over a mesh of one dimension.
+
+    Computes in bfloat16 if the precision says so.
+    """
     casting = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": casting if precision == "bf16-mixed" else MixedPrecisionPolicy()}
-    for layer in policy.model.layers:
+    for layer in unwrap(policy).model.layers:
         fully_shard(layer, **options)
     fully_shard(policy, **options)
 
 
-def split_layers(policy: Qwen3ForCausalLM, mesh: DeviceMesh) -> None:
+def split_layers(policy: nn.Module, mesh: DeviceMesh) -> None:
     """Makes the policy tensor parallel over a mesh of one dimension, whose size divides the key-value heads.
 
     Every parameter becomes a DTensor, those that stay whole too: clipping and the optimizer want them all on one mesh
     once FSDP2 adds its dimension.
+
+    Raises:
+        ConfigError: the policy is below an adapter, whose layers the plan does not name.
     """
+    if unwrap(policy) is not policy:
+        raise ConfigError("an adapter cannot be trained tensor parallel: leave out the section adapter, or use fsdp2")
     # Between projections and o_proj a rank has some of the heads: dimension 2 of (batch, sequence, head, head_dim).
     per_head = SequenceParallel(sequence_dim=2, use_local_output=True)
     layer = {

@@ -35,7 +35,8 @@ class WeightSyncCallback(TrainerCallback):
     The first push is at the start of training, also after a resume; then one after each optimizer step that changed
     the weights, before the next batch is sampled. Steps that AMP skipped push nothing. The weight version is the number
     of real steps; it is saved in the checkpoint's `trainer_state.json` and continues from there, or from `global_step`
-    for a checkpoint that was written without this callback. With TRL leave `use_vllm` at False and sample in
+    for a checkpoint that was written without this callback. With `load_best_model_at_end` the best model is pushed when
+    it has been loaded, under a version of its own. With TRL leave `use_vllm` at False and sample in
     `rollout_func`: otherwise TRL pushes weights of its own. Runs on every trainer rank.
 
     The Trainer tells callbacks nothing about exceptions. The connection is closed at the end of training, and after an
@@ -118,6 +119,10 @@ class WeightSyncCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._synchronizer is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer has just loaded it. It is no step, but a version stands for the same weights always.
+            self._schedule.record_step()
+            self._received(self._synchronizer.push(self._schedule.version))
         self.close()
 
     @property

@@ -46,6 +46,11 @@ def test_section_sync_holds_exactly_the_settings_of_the_callbacks() -> None:
         ({"data": {"max_operand": 50}}, "data.max_operand=50"),
         ({"reward": {"name": "vibes"}}, "reward.name='vibes'"),
         ({"adapter": {"rank": 8}}, "unknown key 'adapter.rank'; known here are r, alpha, target_modules"),
+        ({"adapter": {}, "sync": {"merge_and_sync": False}}, "set rollouts.model to 'default'"),
+        (
+            {"adapter": {}, "sync": {"merge_and_sync": False, "adapter_name": "a"}, "rollouts": {"model": "b"}},
+            "rollouts.model='b' would sample another model; set rollouts.model to 'a'",
+        ),
         ({"tenants": {"add": "division"}}, "tenants.add='division'"),
         ({"tenants": {"a/b": "addition"}}, "tenants.a/b"),
     ],

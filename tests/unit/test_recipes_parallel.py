@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
+import peft
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -16,6 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from recipes import parallel
 from recipes.config import RecipeConfig, TrainerConfig
+from tests.tiny_models import build
 from twinkle_callbacks.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -91,3 +93,17 @@ def test_sizes_that_do_not_fit_are_refused(strategy: str, override: str, message
     with pytest.raises(ConfigError) as caught:
         trainer(strategy, override)
     assert message in str(caught.value)
+
+
+def test_a_policy_below_an_adapter_is_sharded_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded: list[str] = []
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, **_: sharded.append(type(module).__name__))
+    policy = peft.get_peft_model(build("qwen3"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    parallel.shard(policy, None, "32-true")
+    assert sharded == ["Qwen3DecoderLayer", "Qwen3DecoderLayer", type(policy).__name__]
+
+
+def test_a_policy_below_an_adapter_is_not_made_tensor_parallel_in_part() -> None:
+    policy = peft.get_peft_model(build("qwen3"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="an adapter cannot be trained tensor parallel"):
+        parallel.split_layers(policy, None)

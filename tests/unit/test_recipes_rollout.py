@@ -103,6 +103,19 @@ def test_the_version_of_an_adapter_is_in_the_list_of_models() -> None:
                 sampling.weight_version()
 
 
+def test_vllms_own_key_is_sent_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "k" * 8)
+    sent: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers.get("Authorization"))
+        return httpx.Response(200, json={"weight_version": "0"})
+
+    with sampler(httpx.MockTransport(answer)) as drawing:
+        drawing.weight_version()
+    assert sent == ["Bearer kkkkkkkk"]
+
+
 def test_requests_name_the_adapter_and_greedy_ones_take_the_likeliest_tokens() -> None:
     server = FakeServer()
     with sampler(server) as base, sampler(server, model="add") as adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,6 +35,13 @@ def gloo_of_one() -> Iterator[None]:
 def test_something_that_is_no_module() -> None:
     with pytest.raises(SourceError, match=r"got str '/models/policy'; for a checkpoint folder use CheckpointSource"):
         open_source("/models/policy")
+
+
+def test_adapters_on_a_part_of_the_policy() -> None:
+    policy = build("qwen3")
+    policy.model = peft.get_peft_model(policy.model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(SourceError, match=r"model of Qwen3ForCausalLM is a PeftModel.*wrap the whole policy"):
+        open_source(policy)
 
 
 def test_module_without_parameters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from tests.unit import transformers_cases as cases
 from tests.unit.accelerate_cases import reset_accelerate
-from tests.unit.recording_sync import RecordingSynchronizer, SquaredOutput, recorder, same
+from tests.unit.recording_sync import RecordingSynchronizer, SquaredOutput, recorder, same, weights_of
 from twinkle_callbacks.config import SyncSettings
 from twinkle_callbacks.errors import ConfigError, MissingExtraError, SourceError, SyncError
 from twinkle_callbacks.transformers import WeightSyncCallback
@@ -86,6 +87,20 @@ def test_a_second_train_continues_the_versions(fake: type[RecordingSynchronizer]
 
 def failing() -> cases.Model:
     return cases.Model(SquaredOutput(), fail_at=1)
+
+
+def test_the_best_model_that_is_loaded_at_the_end_is_pushed_under_a_version_of_its_own(
+    fake: type[RecordingSynchronizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = itertools.count(1.0)
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_, **__: {"eval_loss": next(losses)})
+    every_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = train(tmp_path, WeightSyncCallback(), eval_dataset=DATA, load_best_model_at_end=True, **every_step)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    (made,) = fake.made
+    assert made.versions == [0, 1, 2, 3, 4]
+    assert same(made.pushes[4][1], made.pushes[1][1])
+    assert same(made.pushes[4][1], weights_of(trainer.model))
 
 
 def test_a_with_block_closes_after_an_exception(fake: type[RecordingSynchronizer], tmp_path: Path) -> None:

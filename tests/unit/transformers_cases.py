@@ -56,6 +56,7 @@ def make_trainer(
     data: torch.Tensor,
     callbacks: list[TrainerCallback],
     amp: bool = False,
+    eval_dataset: Any = None,
     **arguments: Any,
 ) -> Trainer:
     quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "num_train_epochs": 1}
@@ -66,7 +67,14 @@ def make_trainer(
     optimizer = optimizers(model)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     rows = [{"x": row} for row in data]
-    trainer = Trainer(model, settings, train_dataset=rows, callbacks=callbacks, optimizers=(optimizer, scheduler))
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        optimizers=(optimizer, scheduler),
+    )
     if amp:  # which the Trainer itself allows on a GPU only
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     return trainer

@@ -21,7 +21,7 @@ from twinkle_callbacks.sources.holdings import Holdings
 from twinkle_callbacks.sources.mergeable import check_mergeable, check_separable
 from twinkle_callbacks.sources.merging import peft_model
 from twinkle_callbacks.sources.names import select
-from twinkle_callbacks.sources.refusals import refuse_empty, refuse_quantized, refuse_wrong_root
+from twinkle_callbacks.sources.refusals import refuse_empty, refuse_inner_adapters, refuse_quantized, refuse_wrong_root
 from twinkle_callbacks.sources.snapshot import Snapshot
 from twinkle_callbacks.sources.survey import survey
 from twinkle_callbacks.sources.units import Unit, gathered_from
@@ -66,6 +66,7 @@ class ModuleSource(WeightSource):
         self._root = model
         self._module = select(model, module)
         refuse_wrong_root(self._module)
+        refuse_inner_adapters(self._module)
         refuse_quantized(self._module)
         self._dtype = dtype
         self._merge = merge

@@ -33,6 +33,18 @@ def refuse_wrong_root(module: nn.Module) -> None:
     )
 
 
+def refuse_inner_adapters(module: nn.Module) -> None:
+    """Raises `SourceError` where PEFT wraps a part of the policy, whose names it would give a prefix of its own."""
+    wrappers = loaded("peft.peft_model", "PeftModel") + loaded("peft.mixed_model", "PeftMixedModel")
+    for path, child in module.named_modules():
+        if isinstance(child, wrappers):
+            raise SourceError(
+                f"{canonical(path)} of {type(module).__name__} is a {type(child).__name__} of its own, so names inside "
+                f"it are not those of a checkpoint; set module={canonical(path)!r} if that is the policy, or wrap the "
+                f"whole policy with get_peft_model(), with target_modules that match this part"
+            )
+
+
 def refuse_quantized(module: nn.Module) -> None:
     """Raises `SourceError` where transformers quantized the model by a library that nobody here turns back."""
     for path, child in module.named_modules():
