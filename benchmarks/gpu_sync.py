@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -150,7 +151,7 @@ class Comparison:
         self.series: Series = defaultdict(list)
         self.phases: dict[str, Series] = defaultdict(lambda: defaultdict(list))
         self.memory: dict[str, dict[str, float]] = {}
-        self.out_of_memory: list[str] = []
+        self.not_measured: dict[str, str] = {}  # why, by way
         self._answers: dict[str, list[int]] = {}
 
     def run(self) -> None:
@@ -172,22 +173,22 @@ class Comparison:
                 torch.cuda.empty_cache()
             self._note_answer("ours", llm)
         if "native" not in self._answers:
-            with self._serving("ipc") as native_llm:
-                self._take_turns_as_far_as_memory_goes(self._natives(native_llm), native_llm)
+            self._take_native_turns()
 
-    def _take_turns_as_far_as_memory_goes(self, ways: list[Way], llm: Any) -> None:
-        """One way after the other; one that the GPU has no room for is named under `out_of_memory`, and is the last."""
-        for way in ways:
-            try:
-                self._measure_memory([way])
-                self._take_turns([way])
-            except Exception as error:  # vLLM tells what happened in its process by its text alone
-                if "out of memory" not in str(error):
-                    raise
-                self.out_of_memory.append(way.name)
-                self.series.pop(way.name, None)
-                return
-            self._note_answer("native", llm)
+    def _take_native_turns(self) -> None:
+        """One way after the other. One that fails, such as for want of memory, is the last, and costs no result."""
+        name = "native"
+        try:
+            with self._serving("ipc") as llm:
+                for way in self._natives(llm):
+                    name = way.name
+                    self._measure_memory([way])
+                    self._take_turns([way])
+                    self._note_answer("native", llm)
+        except Exception as error:  # vLLM tells what happened in its process by text alone
+            traceback.print_exc()
+            self.not_measured[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.series.pop(name, None)
 
     def _serving(self, backend: str) -> AbstractContextManager[Any]:
         return serving(self._folder, backend, self.nbytes, self._settings)
@@ -288,25 +289,25 @@ class Comparison:
         import vllm
 
         native = {way: times for way, times in self.series.items() if way.startswith("native")}
-        faster = min(native, key=lambda way: statistics.median(native[way]))
+        faster = min(native, key=lambda way: statistics.median(native[way])) if native else "copy"
         shared = {
             "naive_s": {way: median_and_spread(times) for way, times in native.items()},
             "copy_s": median_and_spread(self.series["copy"]),
             "order": self.order,
-            "same_answers": self._answers["ours"] == self._answers["native"],
+            "same_answers": self._answers["ours"] == self._answers["native"] if native else None,
             "tensors": len(list(self._policy.parameters())),
             "bucket_size_mb": self._bucket_size_mb,
             "allowed_extra_mb": 4 * self._bucket_size_mb * (1 << 20) / 1e6,
             "native_memory": {way: self.memory[way] for way in native},
-            "out_of_memory": self.out_of_memory,
+            "not_measured": self.not_measured,
             "vllm": vllm.__version__,
         }
         return [
             case(
                 name if verify == "off" else f"{name}, {verify}",
                 self.series[f"ours, {verify}"],
-                f"vLLM's {faster.replace('native', 'native ipc')}",
-                native[faster],
+                f"vLLM's {faster.replace('native', 'native ipc')}" if native else "a copy on the GPU",
+                self.series[faster],
                 self.nbytes,
                 verify=verify,
                 phases={p: median_and_spread(t) for p, t in self.phases[f"ours, {verify}"].items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.unit.fake_adapter_rollout import Request, Store, without_vllm
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.errors import RolloutError
+from twinkle_callbacks.worker.adapter_check import weights_mapper
 
 pytestmark = pytest.mark.usefixtures(without_vllm.__name__)
 
@@ -51,3 +53,11 @@ def test_what_is_not_wanted_after_it_was_built_is_not_kept() -> None:
     with pytest.raises(RolloutError, match="has left"):
         store.put("math", AdapterPath.sent(1), {}, {}, wanted=lambda: next(answers))
     assert store._waiting == {}
+
+
+def test_renames_of_a_models_checkpoint_are_read_in_vllm_0_26_too() -> None:
+    now = SimpleNamespace(get_rename_mapper=lambda: "renames", get_unstacked_mapper=lambda: "renames and deletions")
+    then = SimpleNamespace(get_unstacked_mapper=lambda: "renames and deletions")
+    assert weights_mapper(SimpleNamespace(hf_to_vllm_mapper=now)) == "renames"
+    assert weights_mapper(SimpleNamespace(hf_to_vllm_mapper=then)) == "renames and deletions"
+    assert weights_mapper(SimpleNamespace()) is None

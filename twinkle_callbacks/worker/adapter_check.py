@@ -173,7 +173,10 @@ def _by_module(manager: Any, shapes: Mapping[str, Shape]) -> tuple[dict[str, tup
 def weights_mapper(model: Any) -> Any:
     """How vLLM's loader renames a checkpoint's modules to those of the model, None if it does not."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return None if mapper is None else mapper.get_rename_mapper()
+    if mapper is None:
+        return None
+    renames = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper  # the latter in vLLM 0.26
+    return renames()
 
 
 def _peft_name(tensor: str) -> str:
