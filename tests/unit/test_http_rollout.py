@@ -30,6 +30,7 @@ class Server:
         self.answers: dict[str, tuple[int, object]] = {
             "/server_info": (200, {"vllm_config": config}),
             "/weight_info": (200, {"weight_version": "default"}),
+            "/twinkle_callbacks": (401, {"error": "twinkle_callbacks: /twinkle_callbacks needs one header"}),
         }
         self.asked: list[tuple[str, str, bytes, str]] = []
         self.authorizations: list[str | None] = []
@@ -100,11 +101,14 @@ def test_calls_are_vllms_routes_each_signed_over_what_it_asks(server: Server, ro
     rollout.load_adapter("math", "twinkle:0011223344556677@4")
     rollout.unload_adapter("math")
     for method, target, body, signature in server.asked:
+        if target == "/twinkle_callbacks":  # to see whether the server is guarded
+            continue
         auth.check_request(TOKEN, signature, method, target, body)
     assert [target for _, target, _, _ in server.asked] == [
         "/get_world_size",
         "/weight_info",
         "/server_info?config_format=json",
+        "/twinkle_callbacks",
         "/init_weight_transfer_engine",
         "/start_weight_update",
         "/update_weights",
@@ -163,7 +167,7 @@ OTHER_BACKEND = "Invalid init_info for NCCLWeightTransferEngine: unexpected keyw
 @pytest.mark.parametrize(
     ("status", "answer", "error", "message"),
     [
-        (404, {"detail": "Not Found"}, RolloutError, "RL routes are off.*VLLM_SERVER_DEV_MODE=1"),
+        (404, {"detail": "Not Found"}, RolloutError, "RL routes are off.*VLLM_SERVER_DEV_MODE.*serve MODEL$"),
         (401, {"error": "twinkle_callbacks: signed with another token"}, AuthenticationError, "another token$"),
         (401, {"error": "Unauthorized"}, AuthenticationError, "started with --api-key: set VLLM_API_KEY"),
         (500, {"error": {"message": NOT_CONFIGURED}}, RolloutError, "backend 'twinkle'.*--weight-transfer-config"),
@@ -244,6 +248,22 @@ def test_vllms_own_key_is_sent_where_there_is_one(
     monkeypatch.setenv("VLLM_API_KEY", "k" * 8)
     rollout.version()
     assert server.authorizations == [None, "Bearer kkkkkkkk"]
+
+
+def test_a_server_that_obeys_everybody_is_warned_of(
+    server: Server, rollout: HTTPRollout, caplog: pytest.LogCaptureFixture
+) -> None:
+    rollout.join({})
+    assert not caplog.records
+    server.answers["/twinkle_callbacks"] = (404, {"detail": "Not Found"})
+    rollout.join({})
+    assert "does what anybody who reaches it asks" in caplog.text
+
+
+def test_a_server_without_adapters_is_to_be_started_with_them(server: Server, rollout: HTTPRollout) -> None:
+    server.answers["/v1/load_lora_adapter"] = (404, {"detail": "Not Found"})
+    with pytest.raises(RolloutError, match=r"serves no adapters.*serve MODEL --enable-lora$"):
+        rollout.load_adapter("math", "folder")
 
 
 def test_nobody_there_and_no_url() -> None:

@@ -142,3 +142,11 @@ def test_untied_head_for_a_server_with_a_tied_one_is_refused(tmp_path: Path) -> 
         sync.push(version=1)
     sync.close()
     assert answers(tied_llm) == expected
+
+
+@pytest.mark.usefixtures("no_engine_outlives_its_test")
+def test_tied_head_for_a_server_with_an_untied_one_is_refused_with_the_setting(tmp_path: Path) -> None:
+    build("llama", seed=0, tie_word_embeddings=False).save_pretrained(tmp_path / "served")
+    untied_llm = make_llm(tmp_path / "served", synced=True)
+    with pytest.raises(SyncError, match=r"1 parameters missing: lm_head\.weight.*tie_word_embeddings=True"):
+        WeightSynchronizer(build("llama", seed=1), rollouts=LocalRollout(untied_llm), timeout_s=60).open()

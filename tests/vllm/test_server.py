@@ -55,7 +55,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Answers]
     release()
 
 
-def test_server_answers_like_a_fresh_load_after_each_push(vllm_server: Server, expected: list[Answers]) -> None:
+def test_server_answers_like_a_fresh_load_after_each_push(
+    vllm_server: Server, expected: list[Answers], caplog: pytest.LogCaptureFixture
+) -> None:
     policy = build("qwen3", seed=1)
     with WeightSynchronizer(policy, rollouts=vllm_server.url, timeout_s=60) as sync:
         assert_same(server_answers(vllm_server.url), expected[1])
@@ -67,6 +69,7 @@ def test_server_answers_like_a_fresh_load_after_each_push(vllm_server: Server, e
     assert report.replicas[0].rollout == vllm_server.url
     assert report.replicas[0].digest == report.digest != ""
     assert not httpx.get(f"{vllm_server.url}/is_paused").json()["is_paused"]
+    assert "anybody" not in caplog.text, "it is guarded"
 
 
 class _Interrupted(WeightSource):

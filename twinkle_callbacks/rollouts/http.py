@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from typing import Any
@@ -20,6 +21,7 @@ from twinkle_callbacks.errors import (
 )
 from twinkle_callbacks.rollouts.base import Rollout
 
+logger = logging.getLogger(__name__)
 API_KEY_ENV = "VLLM_API_KEY"
 """Environment variable of the key that vLLM wants for its OpenAI routes, and reads itself where it has no --api-key."""
 
@@ -57,6 +59,7 @@ class HTTPRollout(Rollout):
             backend = backend_of(self.config())
             if backend != BACKEND:
                 raise self._lacks_backend(f"its backend is {backend!r}")
+            self._warn_if_open()
         self._call("POST", "/init_weight_transfer_engine", {"init_info": {"request": request}})
 
     def call(self, call: dict[str, Any]) -> None:
@@ -114,6 +117,20 @@ class HTTPRollout(Rollout):
         if client is not None:
             client.close()
 
+    def _warn_if_open(self) -> None:
+        """Warns of a server that obeys everybody. One with the guard refuses what is not signed, on any path."""
+        assert self._client is not None
+        try:
+            answer = self._client.get("/twinkle_callbacks", timeout=self.timeout_s)
+        except httpx.TransportError:
+            return  # what is asked next says so
+        if answer.status_code != httpx.codes.UNAUTHORIZED:
+            logger.warning(
+                "%s does what anybody who reaches it asks, such as to pause or to name another weight version; start "
+                "it with: twinkle-callbacks serve MODEL",
+                self.name,
+            )
+
     def _value(self, target: str, key: str) -> Any:
         answer = self._call("GET", target)
         if key not in answer:
@@ -157,9 +174,12 @@ class HTTPRollout(Rollout):
         if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             return AuthenticationError(f"{self.name}{path}: {text}")
         if response.status_code == httpx.codes.NOT_FOUND and "twinkle_callbacks:" not in text:
+            if path.endswith("_lora_adapter"):
+                why, flags = "it serves no adapters", " --enable-lora"
+            else:
+                why, flags = "its RL routes are off (VLLM_SERVER_DEV_MODE), or its vLLM is too old (0.32 has all)", ""
             return RolloutError(
-                f"{self.name} has no route {path}: its RL routes are off, or its vLLM is too old (0.32 has all); "
-                f"start it with VLLM_SERVER_DEV_MODE=1, or with: twinkle-callbacks serve MODEL"
+                f"{self.name} has no route {path}: {why}; start it with: twinkle-callbacks serve MODEL{flags}"
             )
         if path == "/init_weight_transfer_engine" and "not configured" in text:
             return self._lacks_backend(text)

@@ -166,7 +166,10 @@ def _explain(refused: list[str], missing: list[str], specs: Sequence[TensorSpec]
         parts.append(f"{len(refused)} refused: {first_few(refused)}")
     if missing:
         parts.append(f"{len(missing)} parameters missing: {first_few(missing)}")
-    parts.append("is it the same model, and does `module` name the policy inside the trained module?")
+    if not refused and len(missing) == 1 and missing[0].startswith(HEAD):
+        parts.append("does the trainer tie it to the embeddings? Serve a configuration with tie_word_embeddings=True")
+    else:
+        parts.append("is it the same model, and does `module` name the policy inside the trained module?")
     return "; ".join(parts)
 
 
