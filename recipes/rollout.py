@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import httpx
 from recipes.config import RecipeConfig
 from twinkle_callbacks.adapter_path import AdapterPath
 from twinkle_callbacks.errors import DeadlineError, RolloutError, RolloutUnreachableError
-from twinkle_callbacks.rollouts.http import API_KEY_ENV
+from twinkle_callbacks.rollouts.http import api_key_header
 
 # Explicit, so that no generation_config.json bends the distribution that the logprobs are taken from.
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "logprobs": 0, "return_token_ids": True}
@@ -65,12 +64,8 @@ class Sampler:
     ) -> None:
         self._model, self._timeout_s = model, timeout_s
         self._common = {"max_tokens": max_tokens} | ({} if model is None else {"model": model})
-        api_key = os.environ.get(API_KEY_ENV)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._clients = [
-            httpx.Client(base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False)
-            for url in urls
-        ]
+        options: Any = {"headers": api_key_header(), "timeout": timeout_s, "transport": transport, "trust_env": False}
+        self._clients = [httpx.Client(base_url=url, **options) for url in urls]
         self._threads = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="sampler")
 
     @classmethod

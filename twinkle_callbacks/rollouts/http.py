@@ -144,8 +144,7 @@ class HTTPRollout(Rollout):
         request.headers[auth.SIGNATURE_HEADER] = auth.sign_request(
             self._token, method, request.url.raw_path.decode(), request.content
         )
-        if api_key := os.environ.get(API_KEY_ENV):
-            request.headers["Authorization"] = f"Bearer {api_key}"
+        request.headers.update(api_key_header())
         try:
             response = self._client.send(request)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -167,13 +166,12 @@ class HTTPRollout(Rollout):
 
     def _refusal(self, target: str, response: httpx.Response) -> Exception:
         path, text = target.split("?")[0], _reason(response)
-        if response.status_code == httpx.codes.UNAUTHORIZED and "twinkle_callbacks:" not in text:
-            return AuthenticationError(
-                f"{self.name}{path}: {text}; the server was started with --api-key: set {API_KEY_ENV} to that key here"
-            )
+        is_vllms = "twinkle_callbacks:" not in text  # the answer, not the guard's
         if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            if is_vllms and response.status_code == httpx.codes.UNAUTHORIZED:
+                text += f"; the server was started with --api-key: set {API_KEY_ENV} to that key here"
             return AuthenticationError(f"{self.name}{path}: {text}")
-        if response.status_code == httpx.codes.NOT_FOUND and "twinkle_callbacks:" not in text:
+        if response.status_code == httpx.codes.NOT_FOUND and is_vllms:
             if path.endswith("_lora_adapter"):
                 why, flags = "it serves no adapters", " --enable-lora"
             else:
@@ -193,6 +191,12 @@ class HTTPRollout(Rollout):
             f"trainer's version of twinkle_callbacks "
             f"""beside it and start it with: --weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
         )
+
+
+def api_key_header() -> dict[str, str]:
+    """What vLLM's own key adds to a request, if this process has one."""
+    api_key = os.environ.get(API_KEY_ENV)
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def backend_of(config: dict[str, Any]) -> str | None:

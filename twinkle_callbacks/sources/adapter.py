@@ -222,7 +222,8 @@ class AdapterSource(WeightSource):
 
 def _base_parameters(module: nn.Module) -> Iterator[_Place]:
     """The parameters that the policy would have without PEFT; those that FSDP1 lays into one are not told apart."""
-    module = own_module(module) if is_part(module) else module
+    while is_part(module):
+        module = own_module(module)
     for name, parameter in module._parameters.items():
         if parameter is not None and not fsdp1.is_flat(parameter):
             yield _Place(module, name)

@@ -18,7 +18,7 @@ from twinkle_callbacks.sources.merging import (
     stand_in,
     tuner_layer,
 )
-from twinkle_callbacks.sources.names import canonical, loaded
+from twinkle_callbacks.sources.names import canonical, loaded, peft_wrappers
 from twinkle_callbacks.sources.quantized import plain_class
 
 _INSTEAD = "train with LoRA, or sync weights that are trained in full"
@@ -74,7 +74,7 @@ def check_separable(module: nn.Module) -> None:
 
 def _configs(module: nn.Module) -> dict[str, Any]:
     """The configurations of the adapters that are active in a `PeftModel` or tuner, none for other modules."""
-    holders = loaded("peft.peft_model", "PeftModel") + loaded("peft.mixed_model", "PeftMixedModel")
+    holders = peft_wrappers()
     tuners = loaded("peft.tuners.tuners_utils", "BaseTuner") + loaded(
         "peft.tuners.adaption_prompt", "AdaptionPromptModel"
     )

@@ -24,15 +24,15 @@ from twinkle_callbacks.errors import SourceError
 from twinkle_callbacks.sources import quantized
 from twinkle_callbacks.sources.handles import Handle
 from twinkle_callbacks.sources.holdings import Holdings
-from twinkle_callbacks.sources.names import canonical, loaded, unwrap
+from twinkle_callbacks.sources.names import canonical, loaded, peft_wrappers, unwrap
 from twinkle_callbacks.sources.units import Output, Sent, Unit, Wanted
 
 
 def peft_model(root: nn.Module, policy: nn.Module) -> nn.Module | None:
     """The `PeftModel` around `policy` in the tree of `root`, if there is one."""
-    holders = loaded("peft.peft_model", "PeftModel") + loaded("peft.mixed_model", "PeftMixedModel")
+    wrappers = peft_wrappers()
     for module in root.modules():
-        if isinstance(module, holders):
+        if isinstance(module, wrappers):
             holder: Any = module
             base = holder.get_base_model() if hasattr(holder, "get_base_model") else holder.base_model.model
             if policy in (holder, unwrap(holder), unwrap(base)):

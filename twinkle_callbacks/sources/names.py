@@ -27,6 +27,11 @@ def loaded(module: str, name: str) -> tuple[type[Any], ...]:
     return (cls,) if isinstance(cls, type) else ()
 
 
+def peft_wrappers() -> tuple[type[Any], ...]:
+    """PEFT's classes that wrap a whole model, for `isinstance`; empty where nobody has imported it."""
+    return loaded("peft.peft_model", "PeftModel") + loaded("peft.mixed_model", "PeftMixedModel")
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """Peels wrappers of a whole module off, as many as there are."""
     while (inner := _wrapped_by(module)) is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from twinkle_callbacks.errors import SourceError
-from twinkle_callbacks.sources.names import canonical, loaded
+from twinkle_callbacks.sources.names import canonical, loaded, peft_wrappers
 from twinkle_callbacks.sources.units import Unit
 
 
@@ -35,7 +35,7 @@ def refuse_wrong_root(module: nn.Module) -> None:
 
 def refuse_inner_adapters(module: nn.Module) -> None:
     """Raises `SourceError` where PEFT wraps a part of the policy, whose names it would give a prefix of its own."""
-    wrappers = loaded("peft.peft_model", "PeftModel") + loaded("peft.mixed_model", "PeftMixedModel")
+    wrappers = peft_wrappers()
     for path, child in module.named_modules():
         if isinstance(child, wrappers):
             raise SourceError(
