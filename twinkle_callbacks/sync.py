@@ -340,7 +340,7 @@ class WeightSynchronizer:
         def send(stream: Stream) -> None:
             engine = self._leading.engine
             assert engine is not None
-            engine.lasts = self._source.lasts
+            engine.lasts, engine.repeats = self._source.lasts, self._source.repeats
             self._loop.run(lambda: engine.send_weights(stream))
 
         failure = drain(self._group, self._source, send)

@@ -68,6 +68,17 @@ def streams_may_change_from_one_to_the_next(rank: Rank) -> None:
 
 
 @scenario
+def stream_that_repeats_brings_what_its_tensors_hold_now(rank: Rank) -> None:
+    engine, sizes = rank.join(), [4 * KIB, 12, 90 * KIB, 1 * MIB]
+    held = [(name, torch.nn.Parameter(tensor, requires_grad=False)) for name, tensor in rank.stream(sizes)]
+    for seed in range(4):
+        for (_, parameter), (_, tensor) in zip(held, rank.stream(sizes, seed), strict=True):
+            parameter.copy_(tensor)
+        engine.repeats = seed > 0
+        carried(rank, engine, held)
+
+
+@scenario
 def bucket_may_be_the_smallest_or_larger_than_the_model(rank: Rank) -> None:
     stream = rank.stream([4, 512, 516, 3000, 40 * KIB, 0])
     carried(rank, rank.join(group="small", bucket_size=512), stream, stream)

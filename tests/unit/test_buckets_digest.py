@@ -32,6 +32,22 @@ def test_tensors_in_chunks_have_the_digest_of_whole_ones(stream: list[tuple[str,
     assert (chunked.names, chunked.values, chunked.hexdigest()) == (whole.names, whole.values, whole.hexdigest())
 
 
+@given(STREAMS, st.integers(0, 255))
+def test_lasting_tensors_that_are_added_again_count_with_what_they_hold_then(
+    stream: list[tuple[str, bytes]], new: int
+) -> None:
+    held = [bytearray(data) for _, data in stream]
+    names = [name for name, _ in stream]
+    digest = StreamDigest()
+    lasting = digest.add_lasting(names, held)
+    assert digest.hexdigest() == digest_of(stream).hexdigest()
+    for data in held:
+        data[:] = bytes([new]) * len(data)
+    again = StreamDigest()
+    again.add_again(lasting)
+    assert again.hexdigest() == digest_of(list(zip(names, map(bytes, held), strict=True))).hexdigest()
+
+
 @given(STREAMS, STREAMS)
 def test_streams_have_one_digest_exactly_when_they_are_the_same(
     first: list[tuple[str, bytes]], second: list[tuple[str, bytes]]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from tests.unit.engine_loopback import LoopbackBackend
+from twinkle_callbacks.buckets.digest import unpack
+from twinkle_callbacks.buckets.packing import as_bytes, memory
 from twinkle_callbacks.engines.backend import Place
 from twinkle_callbacks.engines.receiver import FrameReceiver
 from twinkle_callbacks.engines.sender import _MAPPED_TOGETHER, FrameSender
 
 BUCKET_BYTES = 1 << 12
 NamedTensors = list[tuple[str, torch.Tensor]]
+Arrived = tuple[NamedTensors, list[int]]
 
 
 class SeeingBackend(LoopbackBackend):
@@ -22,6 +27,10 @@ class SeeingBackend(LoopbackBackend):
 
     memory: dict[int, torch.Tensor]
     looked: int
+    same_places = True
+
+    def begin_stream(self) -> bool:
+        return self.same_places
 
     def place_of(self, tensor: torch.Tensor) -> Place | None:
         self.memory[tensor.data_ptr()] = tensor
@@ -43,13 +52,13 @@ class Link:
         ends = [SeeingBackend(rank, wire) for rank in (0, 1)]
         for end in ends:
             end.memory, end.looked = memory, 0
-        self.far = ends[1]
+        self.near, self.far = ends
         self.sender = FrameSender(ends[0], BUCKET_BYTES, verify=True)
         self.receiver = FrameReceiver(ends[1], BUCKET_BYTES, verify=True)
 
-    def bring(self, weights: NamedTensors) -> tuple[NamedTensors, list[int]]:
+    def bring(self, weights: Iterable[tuple[str, torch.Tensor]], *, repeats: bool = False) -> Arrived:
         """What arrives, and the number of tensors in each frame; parameters last, all else is packed."""
-        self.sender.send(iter(weights), lambda tensor: isinstance(tensor, torch.nn.Parameter))
+        self.sender.send(weights, lambda tensor: isinstance(tensor, torch.nn.Parameter), repeats=repeats)
         arrived, frames = [], []
         while (tensors := self.receiver.next_bucket()) is not None:
             arrived += [(name, tensor if self.receiver.stays(tensor) else tensor.clone()) for name, tensor in tensors]
@@ -118,3 +127,60 @@ def test_packed_tensors_between_lasting_ones_keep_their_turn(link: Link) -> None
             if len(weights) % 7 == step:
                 weights += [(f"packed {len(weights)} {i}", torch.full((40, 5), step + i)) for i in range(3)]
         assert_arrived(link.bring(weights)[0], weights)
+
+
+def never_drawn() -> Iterator[tuple[str, torch.Tensor]]:
+    pytest.fail("was drawn")
+    yield
+
+
+def test_a_stream_that_repeats_is_not_drawn_and_brings_what_the_tensors_hold_now(link: Link) -> None:
+    weights = lasting(2 * _MAPPED_TOGETHER + 5)
+    _, frames = link.bring(weights)
+    for step in range(3):
+        for _, tensor in weights:
+            tensor.add_(step)
+        unused = never_drawn()
+        arrived, again = link.bring(unused, repeats=True)
+        assert_arrived(arrived, weights)
+        assert again == frames
+        assert next(unused, None) is None  # or it would be drawn when the engine takes it to its end
+        assert link.far.looked == len(weights)
+
+
+def test_the_digests_of_a_stream_that_repeats_are_of_what_the_tensors_hold_now(link: Link) -> None:
+    weights = lasting(_MAPPED_TOGETHER + 5)
+    link.bring(weights)
+    weights[7][1].add_(1)
+    link.bring(never_drawn(), repeats=True)  # compares them
+    end = link.receiver.end
+    assert end is not None
+    assert unpack(end.digests) == [xxhash.xxh3_64_intdigest(memory(as_bytes(tensor))) for _, tensor in weights]
+
+
+def drawn_anew(link: Link, weights: NamedTensors) -> None:
+    drawn = []
+    arrived, _ = link.bring((drawn.append(name) or (name, tensor) for name, tensor in weights), repeats=True)
+    assert_arrived(arrived, weights)
+    assert drawn == [name for name, _ in weights]
+
+
+def test_the_first_stream_is_drawn_whatever_is_said(link: Link) -> None:
+    drawn_anew(link, lasting(5))
+
+
+def test_a_stream_after_one_with_packed_tensors_is_drawn(link: Link) -> None:
+    for _ in range(2):
+        drawn_anew(link, [*lasting(5), ("packed", torch.zeros(3))])
+
+
+def test_a_stream_is_drawn_where_memory_was_freed_since_the_one_before(link: Link) -> None:
+    weights = lasting(5)
+    link.bring(weights)
+    link.near.same_places = False
+    drawn_anew(link, weights)
+
+
+def test_an_empty_stream_does_not_stand_for_the_next(link: Link) -> None:
+    link.bring([])
+    drawn_anew(link, lasting(5))

@@ -108,6 +108,45 @@ def test_a_tree_of_another_kind_is_refused(change: Callable[[nn.Sequential], Non
         source.check()
 
 
+def move(model: nn.Sequential) -> None:
+    model[2][0].bias.data = model[2][0].bias.data.clone()
+
+
+def transpose(model: nn.Sequential) -> None:
+    model[0].weight.data = model[0].weight.data.t()
+
+
+@pytest.mark.parametrize("change", [replace_parameter, replace_layer, replace_data, move, transpose])
+def test_a_stream_repeats_while_all_lies_where_it_lay(change: Callable[[nn.Sequential], None]) -> None:
+    model = policy()
+    source = open_source(model)
+    source.check()
+    assert not source.repeats
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            model[0].weight.fill_(value)
+        source.check()
+        assert source.repeats
+    change(model)
+    source.check()
+    assert not source.repeats
+    source.check()
+    assert source.repeats
+
+
+class Odd(nn.Parameter):
+    """Of a kind that this package does not know."""
+
+
+def test_a_stream_of_what_is_more_than_its_identity_never_repeats() -> None:
+    model = policy()
+    model[0].weight = Odd(torch.zeros(4, 4))
+    source = open_source(model)
+    for _ in range(2):
+        source.check()
+        assert not source.repeats
+
+
 def test_lasting_is_what_lies_in_the_modules_own_memory() -> None:
     model = policy()
     source = open_source(model)

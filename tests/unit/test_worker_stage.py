@@ -40,6 +40,26 @@ def test_whole_weights_are_taken_as_they_come() -> None:
     assert stage.missing() == []
 
 
+def stage_of(tensors: dict[str, torch.Tensor], *, stays: bool = True) -> Stage:
+    stage = Stage(verify=False)
+    for name, tensor in tensors.items():
+        stage.add(name, tensor, stays=stays)
+    return stage
+
+
+def test_a_stage_shows_the_very_tensors_that_the_trainer_showed() -> None:
+    tensors = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    stage = stage_of(tensors)
+    assert stage.shows(tensors)
+    assert not stage.shows({"a": tensors["a"]})
+    assert not stage.shows({"b": tensors["b"], "a": tensors["a"]})
+    assert not stage.shows({"a": tensors["a"], "c": tensors["b"]})
+    assert not stage.shows({"a": tensors["a"], "b": tensors["b"].view(2)})
+    assert not Stage(verify=False).shows({})
+    copied = stage_of(tensors, stays=False)
+    assert not copied.shows(copied.tensors)
+
+
 @pytest.mark.parametrize("count", [1, DIGESTED_TOGETHER - 1, DIGESTED_TOGETHER, 2 * DIGESTED_TOGETHER + 3])
 def test_digests_are_of_all_tensors_in_their_order_whether_they_stay_or_are_copied(count: int) -> None:
     tensors = {f"t{i}": torch.full((3,), i) for i in range(count)}

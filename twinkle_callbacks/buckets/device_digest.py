@@ -9,9 +9,10 @@ corruption, not an attacker.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +24,36 @@ _BLOCK_WORDS = 1024
 _WARPS = 8
 _MAX_PROGRAMS = 1024  # for one tensor
 _MASK = (1 << 64) - 1
+
+
+class _Table(NamedTuple):
+    """Where parts of tensors lie, for one kernel; holds none of them."""
+
+    rows: torch.Tensor  # address, bytes, index of the first word; int64, on the GPU
+    programs: int  # for each part
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor], starts: Sequence[int], device: torch.device) -> _Table:
+        rows = [(part.data_ptr(), part.nbytes, start // _WORD_BYTES) for part, start in zip(parts, starts, strict=True)]
+        words = max(nbytes for _, nbytes, _ in rows) // _WORD_BYTES + 1
+        on_host = torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory()
+        return cls(on_host.to(device, non_blocking=True), min(_MAX_PROGRAMS, -(-words // _BLOCK_WORDS)))
+
+    def sums(self) -> torch.Tensor:
+        from twinkle_callbacks.buckets.device_kernels import word_sums_kernel
+
+        sums = torch.zeros(len(self.rows), dtype=torch.int64, device=self.rows.device)
+        with torch.cuda.device(self.rows.device):
+            word_sums_kernel[(len(self.rows), self.programs)](self.rows, sums, BLOCK=_BLOCK_WORDS, num_warps=_WARPS)
+        return sums
+
+
+class _Lasting(NamedTuple):
+    """Tensors of an `add_lasting`."""
+
+    names: list[str]
+    lengths: list[int]
+    table: _Table
 
 
 class DeviceStreamDigest(StreamDigest):
@@ -46,12 +77,34 @@ class DeviceStreamDigest(StreamDigest):
         self._lengths.extend(part.nbytes for part in parts)
         self._add(parts, [0] * len(parts), list(range(first, first + len(parts))))
 
-    def add_lasting(self, names: Iterable[str], data: Iterable[Any]) -> None:
+    def add_lasting(self, names: Iterable[str], data: Iterable[Any]) -> _Lasting | None:
         """Computes them beside the current stream: what is started there later need not wait."""
+        names, parts = list(names), list(data)
+        if not parts or any(part.data_ptr() % _WORD_BYTES for part in parts):
+            with self._stream_beside():
+                self.add_tensors(names, parts)
+            return None
+        with self._stream_beside():
+            table = _Table.of(parts, [0] * len(parts), self._device)
+        lasting = _Lasting(names, [part.nbytes for part in parts], table)
+        self.add_again(lasting)
+        return lasting
+
+    def add_again(self, before: _Lasting) -> None:
+        first = len(self._lengths)
+        self.names.extend(before.names)
+        self._lengths.extend(before.lengths)
+        self._values_now = None
+        with self._stream_beside():
+            self._sums.append((before.table.sums(), list(range(first, len(self._lengths)))))
+
+    @contextmanager
+    def _stream_beside(self) -> Iterator[None]:
+        """Makes a stream beside the current one current, which begins with what that has begun."""
         self._beside = _stream_beside(self._device)
         self._beside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._beside):
-            self.add_tensors(names, data)
+            yield
 
     def add_chunk(self, name: str, data: Any, *, first: bool, last: bool) -> None:
         if first:
@@ -123,14 +176,5 @@ def word_sums(parts: Sequence[torch.Tensor], starts: Sequence[int], device: torc
         starts: where in its tensor each part begins, in bytes, a multiple of 8.
         device: where they are.
     """
-    from twinkle_callbacks.buckets.device_kernels import word_sums_kernel
-
     kept = [part if part.data_ptr() % _WORD_BYTES == 0 else part.clone() for part in parts]
-    rows = [(part.data_ptr(), part.nbytes, start // _WORD_BYTES) for part, start in zip(kept, starts, strict=True)]
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
-    sums = torch.zeros(len(rows), dtype=torch.int64, device=device)
-    words = max(nbytes for _, nbytes, _ in rows) // _WORD_BYTES + 1
-    programs = min(_MAX_PROGRAMS, -(-words // _BLOCK_WORDS))
-    with torch.cuda.device(device):
-        word_sums_kernel[(len(rows), programs)](table, sums, BLOCK=_BLOCK_WORDS, num_warps=_WARPS)
-    return sums
+    return _Table.of(kept, starts, device).sums()

@@ -40,9 +40,19 @@ class StreamDigest:
         self.names.extend(names)
         self._values.extend(map(xxhash.xxh3_64_intdigest, data))
 
-    def add_lasting(self, names: Iterable[str], data: Iterable[Any]) -> None:
-        """As `add_tensors`, of tensors that stay as they are until the values are asked for."""
-        self.add_tensors(names, data)
+    def add_lasting(self, names: Iterable[str], data: Iterable[Any]) -> Any:
+        """As `add_tensors`, of tensors that stay as they are until the values are asked for.
+
+        Returns:
+            What `add_again` takes in a later stream, should they lie there then too; None if it must be told anew.
+        """
+        again = list(names), list(data)
+        self.add_tensors(*again)
+        return again
+
+    def add_again(self, before: Any) -> None:
+        """Adds the tensors of an earlier `add_lasting`, where they were, with what they hold now."""
+        self.add_tensors(*before)
 
     def drop_last(self, count: int) -> None:
         """Takes the last `count` tensors back."""

@@ -89,11 +89,15 @@ class CollectiveBackend(ABC):
             DeadlineError, EngineError: one did not, or is gone.
         """
 
-    def begin_stream(self) -> None:  # noqa: B027  # as `release`
+    def begin_stream(self) -> bool:
         """On the master: a stream begins, and memory may have been freed since the last.
 
         Makes visible what was written, on whichever thread, to memory that receivers see.
+
+        Returns:
+            Whether what lies at an address now lies where it did in the stream before, as far as receivers can see.
         """
+        return True
 
     def place_of(self, tensor: torch.Tensor) -> Place | None:
         """On the master: where receivers can see this tensor itself; None if they cannot."""

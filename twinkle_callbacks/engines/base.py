@@ -54,7 +54,8 @@ class CheckpointEngine(ABC):
     Engines that share memory with receivers, not only bytes, show them such tensors themselves as last: on the master,
     `lasts(tensor)` says that nobody changes or reuses a tensor's memory until the next stream or `finalize()`, and that
     it was written before `send_weights` was called, or on the current stream of the thread that draws it. Unless it is
-    set, that is believed of the `torch.nn.Parameter`s.
+    set, that is believed of the `torch.nn.Parameter`s. `repeats` says that this stream is that before, of the same
+    names, dtypes and shapes, and that each of its tensors lies where it lay; then the iterable need not be drawn.
     After an error in step 3 or 4 the engine is poisoned: only `finalize()` and then `prepare()` work.
     """
 
@@ -93,6 +94,7 @@ class CheckpointEngine(ABC):
         self.verify = verify
         self.stats: SendStats | None = None
         self.lasts: Callable[[torch.Tensor], bool] = _is_parameter
+        self.repeats = False
         self._token = token
 
     @abstractmethod

@@ -181,7 +181,7 @@ class CollectiveCheckpointEngine(CheckpointEngine):
         try:
             if group.sender is None:
                 group.sender = FrameSender(group.backend, self.bucket_size, verify=self.verify)
-            stats = group.sender.send(iterator, self.lasts)
+            stats = group.sender.send(iterator, self.lasts, repeats=self.repeats)
             acks = group.rendezvous.collect(topic, ranks, "acknowledge the stream")
         except EngineError as error:
             if group.sender is not None and group.sender.source_failed:

@@ -74,11 +74,13 @@ class IPCBackend(MappedBackend):
         torch.cuda.current_stream(self._device).synchronize()  # digests of what is in it
         super().release(side)
 
-    def begin_stream(self) -> None:
+    def begin_stream(self) -> bool:
         torch.cuda.synchronize(self._device)  # whatever the trainer began, on whichever stream, is written
-        freed = torch.cuda.memory_stats(self._device).get("num_device_free")
-        if freed is None or freed != self._freed:  # an address may stand for other memory by now
+        freed = torch.cuda.memory_stats_as_nested_dict(self._device).get("num_device_free")
+        same = freed is not None and freed == self._freed
+        if not same:  # an address may stand for other memory by now
             self._places, self._freed = {}, freed
+        return same
 
     def place_of(self, tensor: torch.Tensor) -> Place | None:
         address = tensor.data_ptr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,16 +22,48 @@ class _Frame(NamedTuple):
     layout: bytes
 
 
+class Told(NamedTuple):
+    """A frame that was sent, as far as it takes to send it again. It holds no tensor.
+
+    Attributes:
+        layout: hash of its header.
+        payload_bytes: of its tensors.
+        tensors: how many they are.
+        again: what `StreamDigest.add_lasting` returned for them, if digests are computed.
+    """
+
+    layout: bytes
+    payload_bytes: int
+    tensors: int
+    again: Any
+
+
 class MappedFrames:
     """The MAPPED frames of one stream after another."""
 
     def __init__(self) -> None:
         self._frames: list[_Frame] = []
         self._number = 0
+        self._told: list[Told] = []
+        self._is_all = False
 
-    def begin_stream(self) -> None:
-        """The next frame is the first of its stream."""
-        self._number = 0
+    def begin_stream(self) -> list[Told]:
+        """The next frame is the first of its stream. Returns the frames of the stream before, if they can be repeated.
+
+        There are none if it broke off, had frames of another kind, or tensors that must be looked at for their digests.
+        """
+        before, self._told = self._told, []
+        can_be_repeated = self._is_all and all(told.again is not None for told in before)
+        self._number, self._is_all = 0, False
+        return before if can_be_repeated else []
+
+    def note(self, told: Told) -> None:
+        """A frame was sent."""
+        self._told.append(told)
+
+    def end_stream(self, *, nothing_else: bool) -> None:
+        """The stream's last frame was sent; whether there was no frame of another kind."""
+        self._is_all = nothing_else
 
     def next(self, tensors: list[LyingTensor]) -> tuple[bytes, bytes]:
         """Header of the frame that tells of these tensors, and its hash."""

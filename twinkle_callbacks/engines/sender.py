@@ -2,8 +2,8 @@
 
 Each byte is copied once (tensor to bucket) before the wire. The plan of a stream is kept: a stream like the one before
 it is neither planned nor described again, and each of its buckets is announced before it is filled, so that receivers
-are ready for its pieces as they come. Both ends forget a layout when a stream ends that did not use it. Runs on the
-engine's thread.
+are ready for its pieces as they come. Both ends forget a layout when a stream ends that did not use it. A
+stream of which receivers see each tensor where they saw it before is not even drawn. Runs on the engine's thread.
 
 What lay in host memory is packed and digested two MiB at a time, while the CPU still has it in its cache: that is three
 times as fast as from memory, and leaves more of the cores to the wire and of the memory's speed to receivers.
@@ -12,8 +12,8 @@ times as fast as from memory, and leaves more of the cores to the wire and of th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +34,7 @@ from twinkle_callbacks.buckets.layout import BucketPlanner, Chunk
 from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory, view_at
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.base import SendStats
-from twinkle_callbacks.engines.mapped_frames import LyingTensor, MappedFrames
+from twinkle_callbacks.engines.mapped_frames import LyingTensor, MappedFrames, Told
 from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
 
 _CACHED_BYTES = 2 << 20
@@ -109,21 +109,30 @@ class FrameSender:
 
     @torch.no_grad()
     def send(
-        self, weights: Iterable[tuple[str, torch.Tensor]], lasts: Callable[[torch.Tensor], bool] = lambda _: False
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        lasts: Callable[[torch.Tensor], bool] = lambda _: False,
+        *,
+        repeats: bool = False,
     ) -> SendStats:
         """Sends one stream and its END frame. If `weights` raises, sends that as an ERROR frame and raises it.
 
         Args:
-            weights: named tensors.
+            weights: named tensors; not drawn where it is known what they are.
             lasts: whether a tensor stays as it is until the next stream, so that receivers may look at it itself.
+            repeats: whether each tensor lies where the one in its place lay in the stream before.
         """
         self._digest = digest_for(self._device)
         self._bucket = _Bucket(0)
         self._payload_bytes = 0
         self._source_s, self.source_failed = 0.0, False
         self._mapped, self._kept = [], []
-        self._mapped_frames.begin_stream()
-        self._backend.begin_stream()
+        before = self._mapped_frames.begin_stream()
+        same_places = self._backend.begin_stream()
+        if repeats and same_places and before:
+            if isinstance(weights, Generator):
+                weights.close()
+            return self._send_again(before)
         tensors = packed = 0
         try:
             for name, tensor in self._drawn(iter(weights)):
@@ -152,6 +161,20 @@ class FrameSender:
             self.source_failed = True
             self._send_failure(error)
             raise
+        self._mapped_frames.end_stream(nothing_else=packed == 0)
+        return self._end(tensors)
+
+    def _send_again(self, before: list[Told]) -> SendStats:
+        """Sends the stream before once more: the same tensors, with what they hold now."""
+        for told in before:
+            self._tell(told.layout, told.payload_bytes)
+            if self._verify:
+                self._digest.add_again(told.again)
+            self._mapped_frames.note(told)
+        self._mapped_frames.end_stream(nothing_else=True)
+        return self._end(sum(told.tensors for told in before))
+
+    def _end(self, tensors: int) -> SendStats:
         self._drain()
         digest = self._digest.hexdigest() if self._verify else ""
         end = End(tensors, self._payload_bytes, self._digest.pack(), digest)
@@ -217,17 +240,23 @@ class FrameSender:
         if not mapped:
             return
         header, layout = self._mapped_frames.next(mapped)
-        known = layout in self._known_layouts or layout in self._used_layouts
-        self._used_layouts.add(layout)
         tensors = [tensor for tensor, _, _ in mapped]
         nbytes = sum(tensor.nbytes for tensor in tensors)
-        self._kept += tensors
-        self._payload_bytes += nbytes
+        self._kept += [tensor for tensor in tensors if isinstance(tensor, torch.nn.Parameter)]
         self._backend.filled()
+        self._tell(layout, nbytes, header)
+        again: Any = ()
+        if self._verify:
+            again = self._digest.add_lasting([name for _, name, _ in mapped], [digestible(each) for each in tensors])
+        self._mapped_frames.note(Told(layout, nbytes, len(tensors), again))
+
+    def _tell(self, layout: bytes, nbytes: int, header: bytes = b"") -> None:
+        """Sends a MAPPED frame, with its header unless the receivers have it."""
+        known = layout in self._known_layouts or layout in self._used_layouts
+        self._used_layouts.add(layout)
+        self._payload_bytes += nbytes
         told = b"" if known else header
         self._start_frame(Control(Kind.MAPPED, self._sequence, len(told), nbytes, layout), told)
-        if self._verify:
-            self._digest.add_lasting([name for _, name, _ in mapped], [digestible(each) for each in tensors])
 
     def _send_tensor(self, step: _Step, tensor: torch.Tensor) -> None:
         if step.view is None or self._is_digested_in_parts(step, tensor):

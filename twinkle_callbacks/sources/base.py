@@ -51,6 +51,11 @@ class WeightSource(ABC):
         """Whether a tensor of the stream stays as it is until the push has ended: the module's own memory."""
         return False
 
+    @property
+    def repeats(self) -> bool:
+        """Whether nothing but values changed from one `check()` to this: each tensor that lasts lies where it lay."""
+        return False
+
     @abstractmethod
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Yields `(checkpoint name, full tensor)` on rank 0, nothing elsewhere.

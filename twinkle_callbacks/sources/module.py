@@ -73,6 +73,8 @@ class ModuleSource(WeightSource):
         self._keeps_fp32 = _fp32_names(self._module)
         self._checked: list[Unit] | None = None
         self._storages: set[int] = set()  # addresses of the module's own memory
+        self._places: _Places | None = None  # of its tensors, at the last check; None where more than these decide
+        self._repeats = False
         units = self._survey()
         refuse_empty(self._module, units)
         self._kinds = _kinds(units)
@@ -93,13 +95,19 @@ class ModuleSource(WeightSource):
 
     def check(self) -> None:
         self._checked = self._unchanged()
-        tensors = (
-            (*self._root.parameters(), *self._root.buffers()) if self._snapshot is None else self._snapshot.tensors
-        )
-        self._storages = {_storage(tensor) for tensor in tensors}
+        snapshot, before = self._snapshot, self._places
+        self._places = None if snapshot is None else _Places.of(snapshot)
+        self._repeats = before is not None and before == self._places
+        if not self._repeats:
+            tensors = (*self._root.parameters(), *self._root.buffers()) if snapshot is None else snapshot.tensors
+            self._storages = {_storage(tensor) for tensor in tensors}
 
     def lasts(self, tensor: torch.Tensor) -> bool:
         return _storage(tensor) in self._storages
+
+    @property
+    def repeats(self) -> bool:
+        return self._repeats
 
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         units, self._checked = self._checked or self._unchanged(), None
@@ -140,6 +148,19 @@ class ModuleSource(WeightSource):
             f"the module's tensors changed since the source was opened: {shown}{rest}; "
             f"change the module before training starts, or open a new source"
         )
+
+
+class _Places(NamedTuple):
+    """Where the tensors of a snapshot lie."""
+
+    snapshot: Snapshot
+    addresses: list[int]
+    contiguous: list[bool]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> _Places:
+        tensors = snapshot.tensors
+        return cls(snapshot, [each.data_ptr() for each in tensors], [each.is_contiguous() for each in tensors])
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -42,6 +42,7 @@ from twinkle_callbacks.worker.adapters import AdapterStore
 from twinkle_callbacks.worker.base_digests import BaseDigests
 from twinkle_callbacks.worker.check import LoadCheck, shadow_model
 from twinkle_callbacks.worker.commit import Committer
+from twinkle_callbacks.worker.copies import Tensors
 from twinkle_callbacks.worker.link import Link
 from twinkle_callbacks.worker.messages import (
     ABORT,
@@ -110,6 +111,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._staged: Future[Stage] | None = None
         self._check = LoadCheck(vllm_config)
         self._taken: Layouts = {}  # of the last commit: what comes alike fits
+        self._shown: Tensors = {}  # what they are of, if it was the trainer's own: kept copies would take memory
         shadow = partial(shadow_model, vllm_config)
         self._committer = Committer(model, self.model_config, device, shadow=shadow, digest=tensor_digest)
         self._base = BaseDigests(vllm_config, model)
@@ -239,7 +241,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         with_lora = self.vllm_config.lora_config is not None
         if with_lora:
             stage.digest_each()  # here, since nothing waits for this thread
-        layouts = layouts_of(stage.tensors)
+        layouts = self._taken if stage.shows(self._shown) else layouts_of(stage.tensors)
         alike = layouts == self._taken
         stage.layouts = self._taken if alike else layouts  # the same object, which spares a comparison in the commit
         # Adapters may have come since.
@@ -285,7 +287,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._report(Committed(failure=Failure.of(error), intact=False))
         else:
             self._intact = True
-            self._taken = stage.layouts
+            self._taken, self._shown = stage.layouts, stage.tensors if stage.is_shown else {}
             self._base.committed(stage.digests)
             self._report(Committed(time.perf_counter() - began))
 

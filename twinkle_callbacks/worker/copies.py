@@ -12,7 +12,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 _WORD_BYTES = 16  # the widest load of a GPU
 _CHUNK_BYTES = 128 << 10  # for one program of the kernel
-_BLOCK_WORDS = 2048  # of 8 bytes, for one step of a program
+_BLOCK_WORDS = 4096  # of 8 bytes, for one step of a program
 _WARPS = 8
 
 

@@ -5,6 +5,7 @@ They are copies in host memory, but for tensors that the trainer shows in its ow
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -27,6 +28,7 @@ class Stage:
         digests: of the tensors, once they were wanted.
         layouts: of the tensors, once all are there.
         fits: whether the model is known to take them.
+        is_shown: whether all of them so far are the trainer's own, so that none is a copy.
 
     Args:
         verify: compute the digest of every tensor: from its staged copy, on a GPU from what is copied.
@@ -38,6 +40,7 @@ class Stage:
         self.digests: Digests = {}
         self.layouts: Layouts = {}
         self.fits = False
+        self.is_shown = True
         self._verify = verify
         self._digest: StreamDigest | None = None  # once the first tensor tells where they are
         self._undigested: list[tuple[str, torch.Tensor]] = []
@@ -52,6 +55,7 @@ class Stage:
         if self._announced is not None:
             self._refuse_unannounced(self._announced, name, tuple(tensor.shape))
         staged = self.tensors[name] = tensor if stays else _host_copy(tensor)
+        self.is_shown &= stays
         if not self._verify:
             return
         if stays:
@@ -85,6 +89,12 @@ class Stage:
     def missing(self) -> list[str]:
         """Names that were announced and did not come."""
         return [name for name in self._announced or () if name not in self.tensors]
+
+    def shows(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these, if there are any, are the very tensors that it holds, all of them the trainer's own."""
+        if not (tensors and self.is_shown and list(tensors) == list(self.tensors)):
+            return False
+        return all(map(operator.is_, tensors.values(), self.tensors.values()))
 
     def digest_each(self) -> None:
         """Fills `digests`, from what was computed for `verify` if it was."""
