@@ -300,7 +300,7 @@ class WeightSynchronizer:
         """All phases of a push; the seconds are those of rank 0."""
         began = time.perf_counter()
         self._group.agreed(self._source.check, phase="start")
-        self._group.on_leader(lambda: self._leading.begin(version), phase="start")
+        self._group.on_leader(lambda: self._begin(version), phase="start")
         sending = time.perf_counter()
         failure = self._send()
         stats = self._group.on_leader(lambda: self._finish_sending(failure), phase="transfer")
@@ -334,13 +334,19 @@ class WeightSynchronizer:
         assert isinstance(self._fleet, AdapterFleet)
         return self._fleet
 
+    def _begin(self, version: int) -> None:
+        engine = self._leading.engine
+        assert engine is not None
+        engine.lasts, engine.repeats = self._source.lasts, self._source.repeats
+        engine.begin_stream()
+        self._leading.begin(version)
+
     def _send(self) -> Exception | None:
         """Every rank drains the source; rank 0 sends it. Returns what went wrong, on whichever rank it was."""
 
         def send(stream: Stream) -> None:
             engine = self._leading.engine
             assert engine is not None
-            engine.lasts, engine.repeats = self._source.lasts, self._source.repeats
             self._loop.run(lambda: engine.send_weights(stream))
 
         failure = drain(self._group, self._source, send)

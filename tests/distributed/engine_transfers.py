@@ -75,6 +75,8 @@ def stream_that_repeats_brings_what_its_tensors_hold_now(rank: Rank) -> None:
         for (_, parameter), (_, tensor) in zip(held, rank.stream(sizes, seed), strict=True):
             parameter.copy_(tensor)
         engine.repeats = seed > 0
+        if seed % 2 and rank.is_master:
+            engine.begin_stream()
         carried(rank, engine, held)
 
 

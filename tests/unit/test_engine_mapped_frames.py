@@ -158,9 +158,20 @@ def test_the_digests_of_a_stream_that_repeats_are_of_what_the_tensors_hold_now(l
     assert unpack(end.digests) == [xxhash.xxh3_64_intdigest(memory(as_bytes(tensor))) for _, tensor in weights]
 
 
-def drawn_anew(link: Link, weights: NamedTensors) -> None:
+def test_a_stream_that_repeats_may_begin_before_receivers_know_of_it(link: Link) -> None:
+    weights = lasting(_MAPPED_TOGETHER + 5)
+    link.bring(weights)
+    for step in range(3):
+        weights[step][1].add_(1)
+        link.sender.begin(repeats=True)
+        arrived, _ = link.bring(never_drawn())
+        assert_arrived(arrived, weights)
+    drawn_anew(link, weights, repeats=False)
+
+
+def drawn_anew(link: Link, weights: NamedTensors, *, repeats: bool = True) -> None:
     drawn = []
-    arrived, _ = link.bring((drawn.append(name) or (name, tensor) for name, tensor in weights), repeats=True)
+    arrived, _ = link.bring((drawn.append(name) or (name, tensor) for name, tensor in weights), repeats=repeats)
     assert_arrived(arrived, weights)
     assert drawn == [name for name, _ in weights]
 

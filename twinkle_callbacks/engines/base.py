@@ -137,6 +137,12 @@ class CheckpointEngine(ABC):
             DeadlineError: some ranks did not come; the message names them.
         """
 
+    def begin_stream(self) -> None:  # noqa: B027  # most have nothing to begin
+        """On the master: `send_weights` comes soon, with tensors, `lasts` and `repeats` as they are now.
+
+        Optional, and returns at once: an engine may begin what needs no receiver.
+        """
+
     @abstractmethod
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Sends a stream of named tensors; on ranks that are not the master it only drains `weights`.

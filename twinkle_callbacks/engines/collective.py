@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -160,6 +161,11 @@ class CollectiveCheckpointEngine(CheckpointEngine):
         for rank, answer in answers.items():
             if answer != proof:
                 raise EngineError(f"rank {rank} is linked to somebody else than the master at {self.host}")
+
+    def begin_stream(self) -> None:
+        group = self._group
+        if group.sender is not None and self.repeats and not group.poison:
+            self._submit(group, partial(group.sender.begin, repeats=True))  # what it raises, it raises again in `send`
 
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         group = self._usable()

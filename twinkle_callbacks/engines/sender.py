@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -35,47 +35,11 @@ from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, me
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.base import SendStats
 from twinkle_callbacks.engines.mapped_frames import LyingTensor, MappedFrames, Told
+from twinkle_callbacks.engines.plan import Bucket, Outline, Step
 from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
 
 _CACHED_BYTES = 2 << 20
 _MAPPED_TOGETHER = 128  # tensors in one MAPPED frame: receivers look at them while the next are drawn
-
-
-class _Step(NamedTuple):
-    """One tensor of the plan: what it looks like, and where in the buckets it goes.
-
-    `view` is its place and `data` the memory of it, if it goes there in one piece.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: torch.Size
-    entries: list[Entry]
-    chunks: list[Chunk]
-    view: torch.Tensor | None
-    data: memoryview | None
-
-
-class _Outline(NamedTuple):
-    """A bucket of the stream before: what announces it, should the stream go on like that one."""
-
-    layout: bytes
-    payload_bytes: int
-    entries: int
-
-
-class _Bucket:
-    """The bucket being filled; `announced` if its control block is on the wire already."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.side = number % 2
-        self.announced: _Outline | None = None
-        self.steps: list[_Step] = []
-        self.entries: list[Entry] = []
-        self.used = 0
-        self.undigested_bytes = 0
-        self.pieces_sent = 0
 
 
 class FrameSender:
@@ -94,8 +58,8 @@ class FrameSender:
         self._device = backend.allocate_bucket(0).device
         self._lent = [False, False]  # buckets that receivers may be looking at
         self._on_the_wire: list[list[tuple[Pending, torch.Tensor]]] = [[], []]
-        self._plan: list[_Step] = []
-        self._outlines: dict[int, _Outline] = {}
+        self._plan: list[Step] = []
+        self._outlines: dict[int, Outline] = {}
         self._known_layouts: set[bytes] = set()
         self._used_layouts: set[bytes] = set()
         self._sequence = 0
@@ -103,9 +67,30 @@ class FrameSender:
         self._mapped: list[LyingTensor] = []  # to be told of in the next MAPPED frame
         self._kept: list[torch.Tensor] = []  # receivers may be looking at them
         self._mapped_frames = MappedFrames()
+        self._again: list[Told] = []  # the frames of this stream, where it is that before
+        self._is_begun = False
         self.source_failed = False
         on_host = verify and self._device.type == "cpu"  # a GPU computes beside this thread anyway
         self._digest_at_once_bytes = _CACHED_BYTES if on_host else bucket_bytes
+
+    def begin(self, *, repeats: bool) -> None:
+        """Begins what of a stream needs no receiver; `send` goes on from there. Its tensors may not change meanwhile.
+
+        Args:
+            repeats: whether each tensor lies where the one in its place lay in the stream before.
+        """
+        self._digest = digest_for(self._device)
+        self._bucket = Bucket(0)
+        self._payload_bytes = 0
+        self._source_s, self.source_failed = 0.0, False
+        self._mapped, self._kept = [], []
+        before = self._mapped_frames.begin_stream()
+        same_places = self._backend.begin_stream()
+        self._again = before if repeats and same_places else []
+        if self._verify:
+            for told in self._again:
+                self._digest.add_again(told.again)
+        self._is_begun = True
 
     @torch.no_grad()
     def send(
@@ -120,19 +105,15 @@ class FrameSender:
         Args:
             weights: named tensors; not drawn where it is known what they are.
             lasts: whether a tensor stays as it is until the next stream, so that receivers may look at it itself.
-            repeats: whether each tensor lies where the one in its place lay in the stream before.
+            repeats: as in `begin`, unless that was called.
         """
-        self._digest = digest_for(self._device)
-        self._bucket = _Bucket(0)
-        self._payload_bytes = 0
-        self._source_s, self.source_failed = 0.0, False
-        self._mapped, self._kept = [], []
-        before = self._mapped_frames.begin_stream()
-        same_places = self._backend.begin_stream()
-        if repeats and same_places and before:
+        if not self._is_begun:
+            self.begin(repeats=repeats)
+        self._is_begun = False
+        if self._again:
             if isinstance(weights, Generator):
                 weights.close()
-            return self._send_again(before)
+            return self._send_again()
         tensors = packed = 0
         try:
             for name, tensor in self._drawn(iter(weights)):
@@ -164,15 +145,13 @@ class FrameSender:
         self._mapped_frames.end_stream(nothing_else=packed == 0)
         return self._end(tensors)
 
-    def _send_again(self, before: list[Told]) -> SendStats:
+    def _send_again(self) -> SendStats:
         """Sends the stream before once more: the same tensors, with what they hold now."""
-        for told in before:
+        for told in self._again:
             self._tell(told.layout, told.payload_bytes)
-            if self._verify:
-                self._digest.add_again(told.again)
             self._mapped_frames.note(told)
         self._mapped_frames.end_stream(nothing_else=True)
-        return self._end(sum(told.tensors for told in before))
+        return self._end(sum(told.tensors for told in self._again))
 
     def _end(self, tensors: int) -> SendStats:
         self._drain()
@@ -197,7 +176,7 @@ class FrameSender:
                 self._source_s += time.perf_counter() - began
             yield item
 
-    def _step(self, index: int, name: str, tensor: torch.Tensor) -> _Step:
+    def _step(self, index: int, name: str, tensor: torch.Tensor) -> Step:
         """The plan's step for this tensor; plans anew from here on if the stream differs from the one before."""
         if index < len(self._plan):
             step = self._plan[index]
@@ -215,7 +194,7 @@ class FrameSender:
         begun = self._bucket.number + bool(self._bucket.entries)
         self._outlines = {number: outline for number, outline in self._outlines.items() if number < begun}
 
-    def _plan_tensor(self, index: int, name: str, tensor: torch.Tensor) -> _Step:
+    def _plan_tensor(self, index: int, name: str, tensor: torch.Tensor) -> Step:
         if not self._buffers:
             self._start_frame(Control(Kind.SHARE, self._sequence, 0, 0))
             self._buffers = self._backend.shared_buckets(self._bucket_bytes)
@@ -232,7 +211,7 @@ class FrameSender:
             view = copyable(view_at(buffer, chunks[0].offset, tensor.dtype, shape))
             if self._verify:
                 data = memory(buffer)[chunks[0].offset : chunks[0].offset + nbytes]
-        return _Step(name, tensor.dtype, tensor.shape, entries, chunks, view, data)
+        return Step(name, tensor.dtype, tensor.shape, entries, chunks, view, data)
 
     def _tell_mapped(self) -> None:
         """Sends a MAPPED frame for the tensors that receivers shall see where they are."""
@@ -258,7 +237,7 @@ class FrameSender:
         told = b"" if known else header
         self._start_frame(Control(Kind.MAPPED, self._sequence, len(told), nbytes, layout), told)
 
-    def _send_tensor(self, step: _Step, tensor: torch.Tensor) -> None:
+    def _send_tensor(self, step: Step, tensor: torch.Tensor) -> None:
         if step.view is None or self._is_digested_in_parts(step, tensor):
             self._pack_chunks(step, as_bytes(tensor))
             return
@@ -270,11 +249,11 @@ class FrameSender:
         if self._bucket.undigested_bytes >= self._digest_at_once_bytes:
             self._digest_steps(self._bucket)
 
-    def _is_digested_in_parts(self, step: _Step, tensor: torch.Tensor) -> bool:
+    def _is_digested_in_parts(self, step: Step, tensor: torch.Tensor) -> bool:
         large = step.entries[0].nbytes > self._digest_at_once_bytes
         return large and tensor.device.type == "cpu" and tensor.is_contiguous()
 
-    def _pack_chunks(self, step: _Step, source: torch.Tensor) -> None:
+    def _pack_chunks(self, step: Step, source: torch.Tensor) -> None:
         for entry, chunk in zip(step.entries, step.chunks, strict=True):
             self._enter(chunk)
             self._digest_steps(self._bucket)
@@ -321,16 +300,16 @@ class FrameSender:
             self._describe(bucket)
             self._start_pieces(bucket, bucket.used, bucket.used)
         self._digest_steps(bucket)
-        self._bucket = _Bucket(following)
+        self._bucket = Bucket(following)
 
-    def _keep_promise(self, bucket: _Bucket, promised: _Outline) -> None:
+    def _keep_promise(self, bucket: Bucket, promised: Outline) -> None:
         """Completes an announced payload; if the stream went on otherwise, with leftovers that do not count."""
         self._start_pieces(bucket, promised.payload_bytes, promised.payload_bytes)
         if len(bucket.entries) != promised.entries:
             del self._outlines[bucket.number]
         self._start_frame(Control(Kind.CLOSE, self._sequence, 0, 0, entries=len(bucket.entries)))
 
-    def _start_pieces(self, bucket: _Bucket, payload_bytes: int, filled_bytes: int) -> None:
+    def _start_pieces(self, bucket: Bucket, payload_bytes: int, filled_bytes: int) -> None:
         """Puts those pieces of the payload on the wire that are filled."""
         for begin, end in pieces(payload_bytes, self._backend.piece_bytes)[bucket.pieces_sent :]:
             if end > filled_bytes:
@@ -340,7 +319,7 @@ class FrameSender:
             self._payload_bytes += end - begin
             self._digest_steps(bucket)
 
-    def _describe(self, bucket: _Bucket) -> None:
+    def _describe(self, bucket: Bucket) -> None:
         """Sends the control block of a bucket, and its header unless the receivers have seen this layout."""
         header = encode(bucket.entries)
         if len(header) > MAX_HEADER_BYTES:
@@ -349,12 +328,12 @@ class FrameSender:
                 f"{MAX_HEADER_BYTES} are allowed; make bucket_size smaller"
             )
         layout = layout_hash(header)
-        self._outlines[bucket.number] = _Outline(layout, bucket.used, len(bucket.entries))
+        self._outlines[bucket.number] = Outline(layout, bucket.used, len(bucket.entries))
         known = layout in self._known_layouts or layout in self._used_layouts
         self._used_layouts.add(layout)
         self._start_bucket(Kind.BUCKET, b"" if known else header, bucket.used, layout)
 
-    def _digest_steps(self, bucket: _Bucket) -> None:
+    def _digest_steps(self, bucket: Bucket) -> None:
         if self._verify and bucket.steps:
             names = [step.name for step in bucket.steps]
             data = [step.data for step in bucket.steps if step.data is not None]
