@@ -73,6 +73,7 @@ def test_answers_equal_a_fresh_load(engine: str, verify: str, served: Served, re
         assert_same(answers(served.llm), references.first)
     assert [replica.digest for replica in report.replicas] == [report.digest]
     assert bool(report.digest) == (verify == "digest")
+    assert (report.gather_s == 0) == (engine == "ipc"), "a stream that repeats is not drawn"
     assert report.bytes >= sum(parameter.nbytes for parameter in policy.parameters())
 
 
