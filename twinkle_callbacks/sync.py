@@ -91,6 +91,7 @@ class WeightSynchronizer:
         self._fleet: Fleet | None = None
         self._source: WeightSource = self._open_source(self.settings.dtype)
         self._connected = False
+        self._sent_arrangement: int | None = None  # that of the source when the engine sent its last stream
         self._some_stopped = False  # rollouts that do not serve before a push succeeds
         self.is_open = False
 
@@ -187,6 +188,8 @@ class WeightSynchronizer:
         return source
 
     def _connect(self) -> None:
+        self._sent_arrangement = None
+
         def handshake() -> str:
             self._fleet = self._prepared_fleet()
             self._fleet.connect()
@@ -337,8 +340,9 @@ class WeightSynchronizer:
     def _begin(self, version: int) -> None:
         engine = self._leading.engine
         assert engine is not None
-        engine.lasts, engine.repeats = self._source.lasts, self._source.repeats
-        engine.begin_stream()
+        engine.lasts = self._source.lasts
+        arrangement, sent = self._source.arrangement, self._sent_arrangement
+        engine.begin_stream(repeats=arrangement is not None and arrangement == sent)
         self._leading.begin(version)
 
     def _send(self) -> Exception | None:
@@ -361,6 +365,7 @@ class WeightSynchronizer:
         assert fleet.engine is not None
         stats = fleet.engine.stats
         assert stats is not None
+        self._sent_arrangement = self._source.arrangement
         digest = fleet.collect_staged()
         if digest != stats.digest:
             raise DigestMismatchError(f"the rollouts staged a stream of digest {digest}, sent was {stats.digest}")

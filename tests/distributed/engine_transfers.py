@@ -74,10 +74,9 @@ def stream_that_repeats_brings_what_its_tensors_hold_now(rank: Rank) -> None:
     for seed in range(4):
         for (_, parameter), (_, tensor) in zip(held, rank.stream(sizes, seed), strict=True):
             parameter.copy_(tensor)
-        engine.repeats = seed > 0
-        if seed % 2 and rank.is_master:
-            engine.begin_stream()
+        engine.begin_stream(repeats=seed > 0)
         carried(rank, engine, held)
+    carried(rank, engine, rank.stream(sizes, 7), held)  # what was said counts for the next stream alone
 
 
 @scenario

@@ -75,7 +75,7 @@ def _common_env(world_size: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that is free, and stays so while a process starts that listens there."""
+    """A port that is free, and that no connection takes before a process listens there."""
     for port in random.sample(PORTS, 100):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port

@@ -51,12 +51,14 @@ def test_tensors_of_one_allocation_are_told_apart_by_their_offsets(backend: IPCB
 
 def test_memory_that_was_given_back_and_taken_again_is_another_allocation(backend: IPCBackend) -> None:
     tensor = zeros(64 * MIB)
+    assert backend.begin_stream(), "nothing was given back"
     before = placed(backend, tensor)
     del tensor
     torch.cuda.empty_cache()
     again = zeros(64 * MIB)
-    backend.begin_stream()
+    assert not backend.begin_stream()
     assert placed(backend, again).ticket != before.ticket
+    assert backend.begin_stream()
 
 
 @pytest.mark.usefixtures("expandable_segments")

@@ -103,6 +103,18 @@ def test_fifty_syncs_with_generation_between_take_no_more_than_fifteen(
     assert torch.cuda.memory_allocated() - held < MIB, "the engine's buffers are still there"
 
 
+def test_a_policy_may_leave_the_gpu_between_pushes(served: Served, references: References) -> None:
+    policy = make_policy(SEED + 1)
+    with synchronizer(policy, LocalRollout(served.llm), "ipc") as sync:
+        policy.to("cpu")
+        torch.cuda.empty_cache()
+        answers(served.llm)
+        policy.to("cuda")
+        policy.load_state_dict(make_policy(SEED).state_dict())
+        sync.push(version=1)
+        assert_same(answers(served.llm), references.first)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"), [("qwen3_moe", {}), ("qwen3", {"quantization": "fp8"})], ids=["experts", "online fp8"]
 )

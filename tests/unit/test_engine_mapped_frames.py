@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -58,7 +59,9 @@ class Link:
 
     def bring(self, weights: Iterable[tuple[str, torch.Tensor]], *, repeats: bool = False) -> Arrived:
         """What arrives, and the number of tensors in each frame; parameters last, all else is packed."""
-        self.sender.send(weights, lambda tensor: isinstance(tensor, torch.nn.Parameter), repeats=repeats)
+        if repeats:
+            self.sender.begin(repeats=True)
+        self.sender.send(weights, lambda tensor: isinstance(tensor, torch.nn.Parameter))
         arrived, frames = [], []
         while (tensors := self.receiver.next_bucket()) is not None:
             arrived += [(name, tensor if self.receiver.stays(tensor) else tensor.clone()) for name, tensor in tensors]
@@ -158,15 +161,24 @@ def test_the_digests_of_a_stream_that_repeats_are_of_what_the_tensors_hold_now(l
     assert unpack(end.digests) == [xxhash.xxh3_64_intdigest(memory(as_bytes(tensor))) for _, tensor in weights]
 
 
-def test_a_stream_that_repeats_may_begin_before_receivers_know_of_it(link: Link) -> None:
+def test_what_was_said_of_a_stream_counts_for_none_after_it(link: Link) -> None:
     weights = lasting(_MAPPED_TOGETHER + 5)
     link.bring(weights)
-    for step in range(3):
-        weights[step][1].add_(1)
-        link.sender.begin(repeats=True)
-        arrived, _ = link.bring(never_drawn())
-        assert_arrived(arrived, weights)
-    drawn_anew(link, weights, repeats=False)
+    link.bring(never_drawn(), repeats=True)
+    drawn_anew(link, lasting(_MAPPED_TOGETHER + 5, seed=1), repeats=False)
+
+
+def test_parameters_are_kept_while_streams_of_them_repeat(link: Link) -> None:
+    weights = lasting(3)
+    there = [weakref.ref(tensor) for _, tensor in weights]
+    link.bring(weights)
+    del weights
+    link.near.memory.clear()
+    for _ in range(2):
+        link.bring(never_drawn(), repeats=True)
+        assert all(reference() is not None for reference in there)
+    link.bring([])
+    assert not any(reference() for reference in there)
 
 
 def drawn_anew(link: Link, weights: NamedTensors, *, repeats: bool = True) -> None:

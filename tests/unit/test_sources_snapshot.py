@@ -116,35 +116,41 @@ def transpose(model: nn.Sequential) -> None:
     model[0].weight.data = model[0].weight.data.t()
 
 
-@pytest.mark.parametrize("change", [replace_parameter, replace_layer, replace_data, move, transpose])
-def test_a_stream_repeats_while_all_lies_where_it_lay(change: Callable[[nn.Sequential], None]) -> None:
+def negate(model: nn.Sequential) -> None:
+    model[0].weight.data = torch._neg_view(model[0].weight.data)
+
+
+@pytest.mark.parametrize("change", [replace_parameter, replace_layer, replace_data, move, transpose, negate])
+def test_an_arrangement_lasts_while_all_lies_where_it_lay(change: Callable[[nn.Sequential], None]) -> None:
     model = policy()
     source = open_source(model)
     source.check()
-    assert not source.repeats
+    first = source.arrangement
+    assert first is not None
     for value in (1.0, 2.0):
         with torch.no_grad():
             model[0].weight.fill_(value)
         source.check()
-        assert source.repeats
+        assert source.arrangement == first
     change(model)
     source.check()
-    assert not source.repeats
+    second = source.arrangement
+    assert second not in (None, first)
     source.check()
-    assert source.repeats
+    assert source.arrangement == second
 
 
 class Odd(nn.Parameter):
     """Of a kind that this package does not know."""
 
 
-def test_a_stream_of_what_is_more_than_its_identity_never_repeats() -> None:
+def test_what_is_more_than_its_identity_has_no_arrangement() -> None:
     model = policy()
     model[0].weight = Odd(torch.zeros(4, 4))
     source = open_source(model)
     for _ in range(2):
         source.check()
-        assert not source.repeats
+        assert source.arrangement is None
 
 
 def test_lasting_is_what_lies_in_the_modules_own_memory() -> None:

@@ -52,10 +52,9 @@ class CheckpointEngine(ABC):
     order, or raise; an error of the iterable reaches every receiver with its cause; each step ends within `timeout`
     seconds a blocking operation, or raises `DeadlineError`. Not guaranteed: secrecy of the tensors on the wire.
     Engines that share memory with receivers, not only bytes, show them such tensors themselves as last: on the master,
-    `lasts(tensor)` says that nobody changes or reuses a tensor's memory until the next stream or `finalize()`, and that
+    `lasts(tensor)` says that nobody changes or reuses a tensor's memory while receivers work with the stream, and that
     it was written before `send_weights` was called, or on the current stream of the thread that draws it. Unless it is
-    set, that is believed of the `torch.nn.Parameter`s. `repeats` says that this stream is that before, of the same
-    names, dtypes and shapes, and that each of its tensors lies where it lay; then the iterable need not be drawn.
+    set, that is believed of the `torch.nn.Parameter`s.
     After an error in step 3 or 4 the engine is poisoned: only `finalize()` and then `prepare()` work.
     """
 
@@ -94,7 +93,6 @@ class CheckpointEngine(ABC):
         self.verify = verify
         self.stats: SendStats | None = None
         self.lasts: Callable[[torch.Tensor], bool] = _is_parameter
-        self.repeats = False
         self._token = token
 
     @abstractmethod
@@ -137,10 +135,14 @@ class CheckpointEngine(ABC):
             DeadlineError: some ranks did not come; the message names them.
         """
 
-    def begin_stream(self) -> None:  # noqa: B027  # most have nothing to begin
-        """On the master: `send_weights` comes soon, with tensors, `lasts` and `repeats` as they are now.
+    def begin_stream(self, *, repeats: bool) -> None:  # noqa: B027  # most have nothing to begin
+        """On the master: the next `send_weights` comes soon, with its tensors as they are now.
 
-        Optional, and returns at once: an engine may begin what needs no receiver.
+        Optional; waits for nothing.
+
+        Args:
+            repeats: whether it sends what the last one sent: the same names, dtypes and shapes, each tensor that lasts
+                where it lay. An engine that knows where that is does not draw the iterable.
         """
 
     @abstractmethod

@@ -162,10 +162,10 @@ class CollectiveCheckpointEngine(CheckpointEngine):
             if answer != proof:
                 raise EngineError(f"rank {rank} is linked to somebody else than the master at {self.host}")
 
-    def begin_stream(self) -> None:
+    def begin_stream(self, *, repeats: bool) -> None:
         group = self._group
-        if group.sender is not None and self.repeats and not group.poison:
-            self._submit(group, partial(group.sender.begin, repeats=True))  # what it raises, it raises again in `send`
+        if repeats and group.sender is not None and not group.poison:
+            self._submit(group, partial(group.sender.begin, repeats=True))  # if it fails, the stream is drawn
 
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         group = self._usable()
@@ -187,7 +187,7 @@ class CollectiveCheckpointEngine(CheckpointEngine):
         try:
             if group.sender is None:
                 group.sender = FrameSender(group.backend, self.bucket_size, verify=self.verify)
-            stats = group.sender.send(iterator, self.lasts, repeats=self.repeats)
+            stats = group.sender.send(iterator, self.lasts)
             acks = group.rendezvous.collect(topic, ranks, "acknowledge the stream")
         except EngineError as error:
             if group.sender is not None and group.sender.source_failed:

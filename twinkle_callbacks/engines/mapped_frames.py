@@ -23,7 +23,7 @@ class _Frame(NamedTuple):
 
 
 class Told(NamedTuple):
-    """A frame that was sent, as far as it takes to send it again. It holds no tensor.
+    """A frame that was sent, as far as it takes to send it again. It keeps no memory of the tensors on a GPU.
 
     Attributes:
         layout: hash of its header.

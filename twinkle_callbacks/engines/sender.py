@@ -74,19 +74,21 @@ class FrameSender:
         self._digest_at_once_bytes = _CACHED_BYTES if on_host else bucket_bytes
 
     def begin(self, *, repeats: bool) -> None:
-        """Begins what of a stream needs no receiver; `send` goes on from there. Its tensors may not change meanwhile.
+        """Begins what of the next stream needs no receiver; `send` goes on from there.
 
         Args:
-            repeats: whether each tensor lies where the one in its place lay in the stream before.
+            repeats: whether it is the stream before once more, each tensor where it lay, with what it holds now.
         """
         self._digest = digest_for(self._device)
         self._bucket = Bucket(0)
         self._payload_bytes = 0
         self._source_s, self.source_failed = 0.0, False
-        self._mapped, self._kept = [], []
+        self._mapped = []
         before = self._mapped_frames.begin_stream()
         same_places = self._backend.begin_stream()
         self._again = before if repeats and same_places else []
+        if not self._again:
+            self._kept = []
         if self._verify:
             for told in self._again:
                 self._digest.add_again(told.again)
@@ -97,18 +99,15 @@ class FrameSender:
         self,
         weights: Iterable[tuple[str, torch.Tensor]],
         lasts: Callable[[torch.Tensor], bool] = lambda _: False,
-        *,
-        repeats: bool = False,
     ) -> SendStats:
         """Sends one stream and its END frame. If `weights` raises, sends that as an ERROR frame and raises it.
 
         Args:
-            weights: named tensors; not drawn where it is known what they are.
+            weights: named tensors; not drawn where `begin` found that it knows them.
             lasts: whether a tensor stays as it is until the next stream, so that receivers may look at it itself.
-            repeats: as in `begin`, unless that was called.
         """
         if not self._is_begun:
-            self.begin(repeats=repeats)
+            self.begin(repeats=False)
         self._is_begun = False
         if self._again:
             if isinstance(weights, Generator):

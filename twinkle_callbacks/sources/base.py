@@ -52,9 +52,12 @@ class WeightSource(ABC):
         return False
 
     @property
-    def repeats(self) -> bool:
-        """Whether nothing but values changed from one `check()` to this: each tensor that lasts lies where it lay."""
-        return False
+    def arrangement(self) -> int | None:
+        """A number that changes with each `check()` that found more changed than values; None where none can tell.
+
+        While it is the same, each tensor of the stream that lasts lies where it lay.
+        """
+        return None
 
     @abstractmethod
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:

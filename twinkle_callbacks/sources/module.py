@@ -74,7 +74,7 @@ class ModuleSource(WeightSource):
         self._checked: list[Unit] | None = None
         self._storages: set[int] = set()  # addresses of the module's own memory
         self._places: _Places | None = None  # of its tensors, at the last check; None where more than these decide
-        self._repeats = False
+        self._arrangement = 0
         units = self._survey()
         refuse_empty(self._module, units)
         self._kinds = _kinds(units)
@@ -97,8 +97,8 @@ class ModuleSource(WeightSource):
         self._checked = self._unchanged()
         snapshot, before = self._snapshot, self._places
         self._places = None if snapshot is None else _Places.of(snapshot)
-        self._repeats = before is not None and before == self._places
-        if not self._repeats:
+        if before is None or before != self._places:
+            self._arrangement += 1
             tensors = (*self._root.parameters(), *self._root.buffers()) if snapshot is None else snapshot.tensors
             self._storages = {_storage(tensor) for tensor in tensors}
 
@@ -106,8 +106,8 @@ class ModuleSource(WeightSource):
         return _storage(tensor) in self._storages
 
     @property
-    def repeats(self) -> bool:
-        return self._repeats
+    def arrangement(self) -> int | None:
+        return None if self._places is None else self._arrangement
 
     def stream(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         units, self._checked = self._checked or self._unchanged(), None
@@ -151,16 +151,17 @@ class ModuleSource(WeightSource):
 
 
 class _Places(NamedTuple):
-    """Where the tensors of a snapshot lie."""
+    """Where the tensors of a snapshot lie, and whether they lie there as plainly as their kind tells."""
 
     snapshot: Snapshot
     addresses: list[int]
-    contiguous: list[bool]
+    plain: list[bool]
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> _Places:
         tensors = snapshot.tensors
-        return cls(snapshot, [each.data_ptr() for each in tensors], [each.is_contiguous() for each in tensors])
+        plain = [each.is_contiguous() and not each.is_conj() and not each.is_neg() for each in tensors]
+        return cls(snapshot, [each.data_ptr() for each in tensors], plain)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -330,6 +330,7 @@ class TwinkleWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _leave(self) -> None:
         link, self._link = self._link, None
         self._staged = None
+        self._shown = {}  # which it saw over that link
         if link is not None:
             link.close()
 
