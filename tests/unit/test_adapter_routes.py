@@ -6,7 +6,7 @@ import asyncio
 import gc
 import json
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +97,14 @@ class Server:
             while self.removed != removed:
                 gc.collect()  # tracebacks and coroutines hold frames in cycles
                 await asyncio.sleep(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collecting_is_cheap() -> Iterator[None]:
+    """What is there already, such as all of vLLM's modules, is not looked through again and again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
