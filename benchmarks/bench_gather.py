@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -49,11 +48,11 @@ def measure(cases: list[Any], rounds: int, advance: Any) -> list[dict[str, Any]]
         RuntimeError: a process failed or took too long; holds the end of its log.
     """
     from benchmarks.gather_ranks import run
+    from benchmarks.ports import free_port
 
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-        probe.close()
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(WORLD)]
         reports, sending = context.Pipe(duplex=False)
         ranks = [

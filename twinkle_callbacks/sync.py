@@ -34,7 +34,7 @@ from twinkle_callbacks.buckets.layout import align
 from twinkle_callbacks.buckets.packing import dtype_of, nbytes_of
 from twinkle_callbacks.config import SyncOptions, SyncSettings
 from twinkle_callbacks.drain import Stream, drain
-from twinkle_callbacks.engines.base import SendStats
+from twinkle_callbacks.engines.base import CheckpointEngine, SendStats
 from twinkle_callbacks.engines.thread import LoopThread
 from twinkle_callbacks.errors import (
     BrokenCommitError,
@@ -337,21 +337,23 @@ class WeightSynchronizer:
         assert isinstance(self._fleet, AdapterFleet)
         return self._fleet
 
-    def _begin(self, version: int) -> None:
+    @property
+    def _engine(self) -> CheckpointEngine:
         engine = self._leading.engine
-        assert engine is not None
-        engine.lasts = self._source.lasts
+        assert engine is not None, "a fleet that is connected has one"
+        return engine
+
+    def _begin(self, version: int) -> None:
+        self._engine.lasts = self._source.lasts
         arrangement, sent = self._source.arrangement, self._sent_arrangement
-        engine.begin_stream(repeats=arrangement is not None and arrangement == sent)
+        self._engine.begin_stream(repeats=arrangement is not None and arrangement == sent)
         self._leading.begin(version)
 
     def _send(self) -> Exception | None:
         """Every rank drains the source; rank 0 sends it. Returns what went wrong, on whichever rank it was."""
 
         def send(stream: Stream) -> None:
-            engine = self._leading.engine
-            assert engine is not None
-            self._loop.run(lambda: engine.send_weights(stream))
+            self._loop.run(lambda: self._engine.send_weights(stream))
 
         failure = drain(self._group, self._source, send)
         if self._group.is_leader and isinstance(failure, (EngineError, DeadlineError)):
@@ -361,12 +363,10 @@ class WeightSynchronizer:
     def _finish_sending(self, failure: Exception | None) -> SendStats:
         if failure is not None:
             raise failure
-        fleet = self._leading
-        assert fleet.engine is not None
-        stats = fleet.engine.stats
+        stats = self._engine.stats
         assert stats is not None
         self._sent_arrangement = self._source.arrangement
-        digest = fleet.collect_staged()
+        digest = self._leading.collect_staged()
         if digest != stats.digest:
             raise DigestMismatchError(f"the rollouts staged a stream of digest {digest}, sent was {stats.digest}")
         return stats

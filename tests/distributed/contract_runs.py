@@ -59,8 +59,9 @@ class ContractRuns:
 def run(case: EngineCase, file: ModuleType, scenarios: list[str]) -> Logs:
     """What each process wrote."""
     env = {"ENGINE": case.name, "DEVICE": case.device, "CASE": json.dumps(dict(case.env)), "TWINKLE_TOKEN": TOKEN}
+    env |= {"SCENARIOS": ",".join(scenarios), **GIVING_BACK}
     try:
-        return run_ranks(file.__name__, WORLD_SIZE, LIMIT_S, {**env, **GIVING_BACK, "SCENARIOS": ",".join(scenarios)})
+        return run_ranks(file.__name__, WORLD_SIZE, LIMIT_S, env)
     except AssertionError as crash:  # the scenarios before the one that hung or crashed have their outcomes
         return re.split("^===== rank .* =====$", str(crash), flags=re.MULTILINE)[1:]
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,8 +14,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
-PORTS = range(20_000, 32_000)  # below those that systems give to connections, which could take one before rank 0 does
 GRACE_S = (
     5.0  # for the other ranks to end by themselves once one has failed, and to say where they hang at the deadline
 )
@@ -72,14 +71,6 @@ def _common_env(world_size: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-
-
-def free_port() -> int:
-    """A port that is free, and that no connection takes before a process listens there."""
-    for port in random.sample(PORTS, 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError(f"no port of a hundred between {PORTS.start} and {PORTS.stop} is free")
 
 
 def _start(command: list[str], rank: int, env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -80,11 +80,10 @@ class DeviceStreamDigest(StreamDigest):
     def add_lasting(self, names: Iterable[str], data: Iterable[Any]) -> _Lasting | None:
         """Computes them beside the current stream: what is started there later need not wait."""
         names, parts = list(names), list(data)
-        if not parts or any(part.data_ptr() % _WORD_BYTES for part in parts):
-            with self._stream_beside():
-                self.add_tensors(names, parts)
-            return None
         with self._stream_beside():
+            if not parts or any(part.data_ptr() % _WORD_BYTES for part in parts):
+                self.add_tensors(names, parts)
+                return None
             table = _Table.of(parts, [0] * len(parts), self._device)
         lasting = _Lasting(names, [part.nbytes for part in parts], table)
         self.add_again(lasting)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ from twinkle_callbacks.buckets.layout import BucketPlanner, Chunk
 from twinkle_callbacks.buckets.packing import as_bytes, copyable, dtype_name, memory, view_at
 from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.base import SendStats
-from twinkle_callbacks.engines.mapped_frames import LyingTensor, MappedFrames, Told
+from twinkle_callbacks.engines.mapped_frames import Frame, LyingTensor, MappedFrames
 from twinkle_callbacks.engines.plan import Bucket, Outline, Step
 from twinkle_callbacks.errors import DeadlineError, EngineError, SourceError
 
@@ -67,7 +66,7 @@ class FrameSender:
         self._mapped: list[LyingTensor] = []  # to be told of in the next MAPPED frame
         self._kept: list[torch.Tensor] = []  # receivers may be looking at them
         self._mapped_frames = MappedFrames()
-        self._again: list[Told] = []  # the frames of this stream, where it is that before
+        self._again: list[Frame] = []  # the frames of this stream, where it is that before
         self._is_begun = False
         self.source_failed = False
         on_host = verify and self._device.type == "cpu"  # a GPU computes beside this thread anyway
@@ -84,14 +83,13 @@ class FrameSender:
         self._payload_bytes = 0
         self._source_s, self.source_failed = 0.0, False
         self._mapped = []
-        before = self._mapped_frames.begin_stream()
         same_places = self._backend.begin_stream()
-        self._again = before if repeats and same_places else []
+        self._again = self._mapped_frames.begin_stream(repeats=repeats and same_places)
         if not self._again:
             self._kept = []
         if self._verify:
-            for told in self._again:
-                self._digest.add_again(told.again)
+            for frame in self._again:
+                self._digest.add_again(frame.again)
         self._is_begun = True
 
     @torch.no_grad()
@@ -146,11 +144,9 @@ class FrameSender:
 
     def _send_again(self) -> SendStats:
         """Sends the stream before once more: the same tensors, with what they hold now."""
-        for told in self._again:
-            self._tell(told.layout, told.payload_bytes)
-            self._mapped_frames.note(told)
-        self._mapped_frames.end_stream(nothing_else=True)
-        return self._end(sum(told.tensors for told in self._again))
+        for frame in self._again:
+            self._tell(frame)
+        return self._end(sum(len(frame.picture) for frame in self._again))
 
     def _end(self, tensors: int) -> SendStats:
         self._drain()
@@ -217,24 +213,26 @@ class FrameSender:
         mapped, self._mapped = self._mapped, []
         if not mapped:
             return
-        header, layout = self._mapped_frames.next(mapped)
-        tensors = [tensor for tensor, _, _ in mapped]
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        self._kept += [tensor for tensor in tensors if isinstance(tensor, torch.nn.Parameter)]
+        frame = self._mapped_frames.next(mapped)
+        self._kept += [tensor for tensor, _, _ in mapped if isinstance(tensor, torch.nn.Parameter)]
         self._backend.filled()
-        self._tell(layout, nbytes, header)
-        again: Any = ()
+        self._tell(frame)
         if self._verify:
-            again = self._digest.add_lasting([name for _, name, _ in mapped], [digestible(each) for each in tensors])
-        self._mapped_frames.note(Told(layout, nbytes, len(tensors), again))
+            names, data = [name for _, name, _ in mapped], [digestible(tensor) for tensor, _, _ in mapped]
+            frame.again = self._digest.add_lasting(names, data)
 
-    def _tell(self, layout: bytes, nbytes: int, header: bytes = b"") -> None:
-        """Sends a MAPPED frame, with its header unless the receivers have it."""
+    def _tell(self, frame: Frame) -> None:
+        """Sends a MAPPED frame."""
+        self._payload_bytes += frame.payload_bytes
+        header = self._unless_known(frame.layout, frame.header)
+        control = Control(Kind.MAPPED, self._sequence, len(header), frame.payload_bytes, frame.layout)
+        self._start_frame(control, header)
+
+    def _unless_known(self, layout: bytes, header: bytes) -> bytes:
+        """The header of a frame that uses this layout, empty if receivers have it."""
         known = layout in self._known_layouts or layout in self._used_layouts
         self._used_layouts.add(layout)
-        self._payload_bytes += nbytes
-        told = b"" if known else header
-        self._start_frame(Control(Kind.MAPPED, self._sequence, len(told), nbytes, layout), told)
+        return b"" if known else header
 
     def _send_tensor(self, step: Step, tensor: torch.Tensor) -> None:
         if step.view is None or self._is_digested_in_parts(step, tensor):
@@ -328,9 +326,7 @@ class FrameSender:
             )
         layout = layout_hash(header)
         self._outlines[bucket.number] = Outline(layout, bucket.used, len(bucket.entries))
-        known = layout in self._known_layouts or layout in self._used_layouts
-        self._used_layouts.add(layout)
-        self._start_bucket(Kind.BUCKET, b"" if known else header, bucket.used, layout)
+        self._start_bucket(Kind.BUCKET, self._unless_known(layout, header), bucket.used, layout)
 
     def _digest_steps(self, bucket: Bucket) -> None:
         if self._verify and bucket.steps:
