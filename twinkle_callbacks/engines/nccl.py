@@ -138,17 +138,29 @@ class NCCLBackend(CollectiveBackend):
             _library().ncclCommAbort(communicator)
 
     def close(self) -> None:
-        """Leaves; waits a moment until peers have what was sent to them."""
+        """Leaves; waits a moment until all that was started has ended here and is on its way to the peers.
+
+        NCCL's own threads send what its kernels left to them. `ncclCommAbort` stops them in the middle, and whoever
+        is next in the ring would lose the end of a stream; `ncclCommDestroy` lets them finish (NCCL 2.28, proxy.cc).
+        """
         communicator = self._communicator
         if not communicator.value:
             return
+        ends_at = time.monotonic() + _LEAVE_S
+        if not _comes_true(self._wire.query, ends_at):  # or destroying it would wait for peers
+            self.abort()
+            return
         state = ctypes.c_int(_library().ncclCommFinalize(communicator))
-        began = time.monotonic()
-        while state.value == _IN_PROGRESS and time.monotonic() - began < _LEAVE_S:
-            time.sleep(_POLL_S)
-            if _library().ncclCommGetAsyncError(communicator, ctypes.byref(state)) != _SUCCESS:
-                break
-        self.abort()  # nothing is under way any more, or peers are gone: it frees at once, and waits for nobody
+
+        def is_final() -> bool:
+            status = _library().ncclCommGetAsyncError(communicator, ctypes.byref(state))
+            return status != _SUCCESS or state.value != _IN_PROGRESS
+
+        if _comes_true(is_final, ends_at) and state.value == _SUCCESS:
+            self._communicator, self._is_broken = ctypes.c_void_p(), True
+            _library().ncclCommDestroy(communicator)
+        else:
+            self.abort()
 
 
 class _NCCLWork:
@@ -185,6 +197,15 @@ def version() -> int:
     found = ctypes.c_int()
     _check(_library().ncclGetVersion(ctypes.byref(found)), "tell its version")
     return found.value
+
+
+def _comes_true(condition: Callable[[], bool], ends_at: float) -> bool:
+    """Looks until the condition holds, or that moment has come."""
+    while not condition():
+        if time.monotonic() > ends_at:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def _check_peers(peers: list[Whereabouts], rank: int) -> None:
