@@ -142,6 +142,7 @@ class NCCLBackend(CollectiveBackend):
 
         NCCL's own threads send what its kernels left to them. `ncclCommAbort` stops them in the middle, and whoever
         is next in the ring would lose the end of a stream; `ncclCommDestroy` lets them finish (NCCL 2.28, proxy.cc).
+        A peer that stands still with its buffers full keeps this thread in it, though not those who wait for it.
         """
         communicator = self._communicator
         if not communicator.value:
