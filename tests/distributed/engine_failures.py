@@ -319,6 +319,21 @@ def finalize_ends_a_receive_that_is_under_way(rank: Rank) -> None:
 
 
 @scenario
+def finalize_ends_a_receive_whose_consumer_is_at_work(rank: Rank) -> None:
+    """The tensors come in chunks, so that nothing is read ahead: the engine's thread has nothing to do meanwhile."""
+    if rank.rank == 2:
+        return
+    engine = rank.join(2, timeout=TIMEOUT_S)
+    if rank.is_master:
+        ended = outcome_of(lambda: send(engine, rank.stream([4 * MIB] * 4)))
+    else:
+        ended = outcome_of(lambda: receive(engine, use=lambda name: engine.finalize()))
+        assert ended.seconds < AT_ONCE_S, f"the receive ended {ended.seconds:.1f} s later"
+    expect(ended, errors.TwinkleError)
+    rebuilt(rank, engine, 2)
+
+
+@scenario
 def finalize_ends_a_send_that_is_under_way(rank: Rank) -> None:
     finalized_under_way(rank, lambda engine: engine.send_weights(rank.stream([4 * MIB] * 16)), 0)
 

@@ -77,6 +77,9 @@ def stream_that_repeats_brings_what_its_tensors_hold_now(rank: Rank) -> None:
         engine.begin_stream(repeats=seed > 0)
         carried(rank, engine, held)
     carried(rank, engine, rank.stream(sizes, 7), held)  # what was said counts for the next stream alone
+    engine.begin_stream(repeats=True)
+    engine.begin_stream(repeats=False)  # and what was said last
+    carried(rank, engine, rank.stream(sizes, 8))
 
 
 @scenario

@@ -63,6 +63,19 @@ def test_a_loop_that_is_dropped_ends() -> None:
     assert ended.is_closed()
 
 
+def test_calls_of_a_thread_that_was_abandoned_fail_at_once() -> None:
+    thread = EngineThread(NAME)
+    over, ran = RuntimeError("over"), threading.Event()
+    thread.abandon(over)
+    thread.abandon(RuntimeError("again"))
+    for _ in range(2):
+        error = thread.submit(ran.set).exception(5)
+        assert isinstance(error, RuntimeError)
+        assert error.args == ("over",)
+        assert error is not over, "it would keep alive what it was raised through"
+    assert not ran.is_set()
+
+
 def test_a_thread_may_be_abandoned_by_what_it_runs_itself() -> None:
     thread = EngineThread(NAME)
     ended = threading.Event()

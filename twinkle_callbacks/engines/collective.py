@@ -64,12 +64,14 @@ class _Group:
 
     def leave(self) -> None:
         """Lets go of everything; on the engine's thread if there is one."""
-        if self.receiver is not None:
-            self.receiver.close()
-        self.hang_up()
-        if self.rendezvous is not None:
-            self.rendezvous.close()
-        self.sender = self.receiver = None
+        try:
+            if self.receiver is not None:
+                self.receiver.close()
+            self.hang_up()
+        finally:  # whatever state the device is in
+            if self.rendezvous is not None:
+                self.rendezvous.close()
+            self.sender = self.receiver = None
 
     def hang_up(self) -> None:
         """Closes the links, so that peers notice; the rendezvous stays."""
@@ -164,8 +166,8 @@ class CollectiveCheckpointEngine(CheckpointEngine):
 
     def begin_stream(self, *, repeats: bool) -> None:
         group = self._group
-        if repeats and group.sender is not None and not group.poison:
-            self._submit(group, partial(group.sender.begin, repeats=True))  # if it fails, the stream is drawn
+        if group.sender is not None and not group.poison:
+            self._submit(group, partial(group.sender.begin, repeats=repeats))  # if it fails, the stream is drawn
 
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         group = self._usable()

@@ -114,8 +114,10 @@ class IPCBackend(MappedBackend):
             self._mappings.pop(ticket).close()
 
     def close(self) -> None:
-        torch.cuda.synchronize(self._device)
-        super().close()
+        try:
+            torch.cuda.synchronize(self._device)
+        finally:  # peers see that this side has left, even if its device is broken
+            super().close()
         mappings, self._mappings = self._mappings, {}
         made, self._made = self._made, []
         for mapping in mappings.values():

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,10 +21,12 @@ from twinkle_callbacks.engines.backend import CollectiveBackend, Pending
 from twinkle_callbacks.engines.collective import CollectiveCheckpointEngine
 from twinkle_callbacks.engines.cuda import require_device, torch_bucket
 from twinkle_callbacks.engines.whereabouts import Whereabouts, exchange, told
-from twinkle_callbacks.errors import ConfigError, DeadlineError, EngineError
+from twinkle_callbacks.errors import ConfigError, DeadlineError, EngineError, text_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+logger = logging.getLogger(__name__)
 
 _SPIN_S = 0.001
 _POLL_S = 0.00005
@@ -132,23 +136,25 @@ class NCCLBackend(CollectiveBackend):
 
     def abort(self) -> None:
         """Ends all that is under way on this side; peers see the connection close."""
-        communicator, self._communicator = self._communicator, ctypes.c_void_p()
-        self._is_broken = True
-        if communicator.value:
-            _library().ncclCommAbort(communicator)
+        if self._communicator.value:
+            self._let_go("ncclCommAbort", time.monotonic() + _LEAVE_S)
 
     def close(self) -> None:
         """Leaves; waits a moment until all that was started has ended here and is on its way to the peers.
 
         NCCL's own threads send what its kernels left to them. `ncclCommAbort` stops them in the middle, and whoever
         is next in the ring would lose the end of a stream; `ncclCommDestroy` lets them finish (NCCL 2.28, proxy.cc).
-        A peer that stands still with its buffers full keeps this thread in it, though not those who wait for it.
         """
         communicator = self._communicator
         if not communicator.value:
             return
         ends_at = time.monotonic() + _LEAVE_S
-        if not _comes_true(self._wire.query, ends_at):  # or destroying it would wait for peers
+        try:
+            has_ended = _comes_true(self._wire.query, ends_at)
+        except RuntimeError as error:
+            logger.warning("engine nccl: the GPU cannot tell whether all was sent: %s", text_of(error))
+            has_ended = False
+        if not has_ended:
             self.abort()
             return
         state = ctypes.c_int(_library().ncclCommFinalize(communicator))
@@ -158,10 +164,24 @@ class NCCLBackend(CollectiveBackend):
             return status != _SUCCESS or state.value != _IN_PROGRESS
 
         if _comes_true(is_final, ends_at) and state.value == _SUCCESS:
-            self._communicator, self._is_broken = ctypes.c_void_p(), True
-            _library().ncclCommDestroy(communicator)
+            self._let_go("ncclCommDestroy", ends_at)
         else:
             self.abort()
+
+    def _let_go(self, how: str, ends_at: float) -> None:
+        """Ends the communicator, on a thread of its own: NCCL waits for peers of the same host without a deadline."""
+        communicator, self._communicator = self._communicator, ctypes.c_void_p()
+        self._is_broken = True
+
+        def leave() -> None:
+            torch.cuda.set_device(self._device)
+            getattr(_library(), how)(communicator)
+
+        leaving = threading.Thread(target=leave, name="twinkle-nccl-leave", daemon=True)
+        leaving.start()
+        leaving.join(max(0.0, ends_at - time.monotonic()))
+        if leaving.is_alive():
+            logger.warning("engine nccl: a peer stands still; %s goes on until it leaves or ends", how)
 
 
 class _NCCLWork:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError, wait
 from typing import Any, TypeVar
@@ -29,36 +30,48 @@ class EngineThread:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._waiting: set[Future[Any]] = set()
         self._lock = threading.Lock()
+        self._ended: Exception | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Queues a call."""
-        future: Future[T] = Future()
+        """Queues a call. After `abandon`, it fails at once, as those that had not ended then."""
         with self._lock:
-            self._waiting.add(future)
+            if self._ended is None:
+                return self._queue(call)
+            refused: Future[T] = Future()
+            refused.set_exception(_another(self._ended))
+            return refused
+
+    def _queue(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._waiting.add(future)
         self._calls.put((future, call))
         return future
 
     def abandon(self, error: Exception, last: Callable[[], None] = lambda: None, patience_s: float = CLOSE_S) -> None:
-        """Fails every call that has not ended, and ends the thread after one more call.
+        """Fails every call that has not ended, and ends the thread after one more call. Once is enough.
 
         Args:
             error: what those who wait for a call get.
             last: runs on the thread once the call under way, if any, has ended.
-            patience_s: seconds to wait for `last`, unless a call is under way.
+            patience_s: seconds to wait for the thread's end, unless a call is under way.
         """
+        ends_at = time.monotonic() + patience_s
         with self._lock:
+            if self._ended is not None:
+                return
+            self._ended = _another(error)
             abandoned, self._waiting = self._waiting, set()
+            leaving = self._queue(last)
+            self._calls.put(None)
         is_busy = any(future.running() for future in abandoned)
         for future in abandoned:
             with contextlib.suppress(InvalidStateError):  # cancelled by whoever waited for it
                 future.set_exception(error)
-        leaving = self.submit(last)
-        self._calls.put(None)
         if not is_busy and threading.current_thread() is not self._thread:  # which may drop the last reference
             wait([leaving], patience_s)
-            self._thread.join(patience_s)
+            self._thread.join(max(0.0, ends_at - time.monotonic()))
 
     def _run(self) -> None:
         if self._device is not None:
@@ -86,6 +99,11 @@ class EngineThread:
             future.set_result(result)
         else:
             future.set_exception(error)
+
+
+def _another(error: Exception) -> Exception:
+    """The same error without what it was raised through, which would live as long."""
+    return type(error)(*error.args)
 
 
 class LoopThread:
