@@ -145,28 +145,28 @@ class NCCLBackend(CollectiveBackend):
         NCCL's own threads send what its kernels left to them. `ncclCommAbort` stops them in the middle, and whoever
         is next in the ring would lose the end of a stream; `ncclCommDestroy` lets them finish (NCCL 2.28, proxy.cc).
         """
-        communicator = self._communicator
-        if not communicator.value:
+        if not self._communicator.value:
             return
         ends_at = time.monotonic() + _LEAVE_S
         try:
-            has_ended = _comes_true(self._wire.query, ends_at)
+            has_ended = _comes_true(self._wire.query, ends_at) and self._finalizes(ends_at)
         except RuntimeError as error:
             logger.warning("engine nccl: the GPU cannot tell whether all was sent: %s", text_of(error))
             has_ended = False
-        if not has_ended:
-            self.abort()
-            return
-        state = ctypes.c_int(_library().ncclCommFinalize(communicator))
-
-        def is_final() -> bool:
-            status = _library().ncclCommGetAsyncError(communicator, ctypes.byref(state))
-            return status != _SUCCESS or state.value != _IN_PROGRESS
-
-        if _comes_true(is_final, ends_at) and state.value == _SUCCESS:
+        if has_ended:
             self._let_go("ncclCommDestroy", ends_at)
         else:
             self.abort()
+
+    def _finalizes(self, ends_at: float) -> bool:
+        """Whether NCCL, told that nothing more comes, is done by then."""
+        state = ctypes.c_int(_library().ncclCommFinalize(self._communicator))
+
+        def is_final() -> bool:
+            status = _library().ncclCommGetAsyncError(self._communicator, ctypes.byref(state))
+            return status != _SUCCESS or state.value != _IN_PROGRESS
+
+        return _comes_true(is_final, ends_at) and state.value == _SUCCESS
 
     def _let_go(self, how: str, ends_at: float) -> None:
         """Ends the communicator, on a thread of its own: NCCL waits for peers of the same host without a deadline."""

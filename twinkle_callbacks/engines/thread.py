@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import queue
 import threading
-import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, InvalidStateError, wait
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,7 +29,7 @@ class EngineThread:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._waiting: set[Future[Any]] = set()
         self._lock = threading.Lock()
-        self._ended: Exception | None = None
+        self._ended: Exception | None = None  # what calls get that come too late
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -57,21 +56,19 @@ class EngineThread:
             last: runs on the thread once the call under way, if any, has ended.
             patience_s: seconds to wait for the thread's end, unless a call is under way.
         """
-        ends_at = time.monotonic() + patience_s
         with self._lock:
             if self._ended is not None:
                 return
             self._ended = _another(error)
             abandoned, self._waiting = self._waiting, set()
-            leaving = self._queue(last)
+            self._queue(last)
             self._calls.put(None)
         is_busy = any(future.running() for future in abandoned)
         for future in abandoned:
             with contextlib.suppress(InvalidStateError):  # cancelled by whoever waited for it
                 future.set_exception(error)
         if not is_busy and threading.current_thread() is not self._thread:  # which may drop the last reference
-            wait([leaving], patience_s)
-            self._thread.join(max(0.0, ends_at - time.monotonic()))
+            self._thread.join(patience_s)
 
     def _run(self) -> None:
         if self._device is not None:
